@@ -1,0 +1,55 @@
+# Each target sets up what it needs in .venv, once. To use an interpreter that has everything already, and to
+# install nothing: make demo PYTHON=/path/to/python. Another interpreter for .venv: make demo BASE_PYTHON=python3.12
+BASE_PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+EXTRAS := demo,test
+
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -name '[!.]*')
+CODE := vlm_fuse tests examples benchmarks setup.py
+RUFF := ruff==0.14.0
+CLANG_FORMAT := clang-format==21.1.2
+
+# only a PYTHON from the command line counts: one in the environment was hardly meant for us
+ifeq ($(origin PYTHON),command line)
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench info native lint format clean
+
+help:
+	@echo "make demo    the main job on real pictures and text: checks, a table, a picture in out/"
+	@echo "make test    all tests"
+	@echo "make bench   benchmarks, written to benchmarks/results/"
+	@echo "make info    versions, and every backend with the reason why it is or is not there"
+	@echo "make native  compile csrc/ again in place, only what changed"
+	@echo "make lint    ruff and clang-format, changing nothing;  make format: the same, mending"
+	@echo "make clean   remove what a build leaves;  rm -r .venv removes the environment"
+
+demo: $(READY)
+	@$(PYTHON) -m examples.demo $(ARGS)
+
+test: $(READY)
+	@$(PYTHON) -m pytest $(ARGS)
+
+info: $(READY)
+	@$(PYTHON) -m vlm_fuse info
+
+native: $(READY)
+	$(PYTHON) setup.py build_ext --inplace
+	@test -z "$(READY)" || touch $(STAMP)
+
+# one command, so that the constraint settles torch before anything else asks for it
+$(STAMP): $(SOURCES)
+	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV). The first time this takes a minute or two, most of it for torch."
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt torch \
+		pybind11 ninja setuptools --editable '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf build dist out vlm_fuse.egg-info vlm_fuse/_native*.so vlm_fuse/_build_info.json
