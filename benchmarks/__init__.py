@@ -1,0 +1,1 @@
+"""Benchmarks of vlm_fuse: run them from the root of the repository, ``python -m benchmarks.bench_merge``."""
