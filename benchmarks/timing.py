@@ -1,0 +1,217 @@
+"""How contestants are timed: interleaved in one process, medians, ratios round by round.
+
+The speed of a shared machine drifts by a factor of two within the hour, so only what ran side by side is compared:
+each round runs every contestant once, in an order shuffled anew (seeded), and a ratio is taken within its round.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from typing import Any, Callable, NamedTuple
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # larger than the L2 of any GPU at hand
+HEADSTART_CYCLES = 2_000_000  # about 1 ms of GPU work queued ahead, so that the host is not timed
+
+
+class Contestant(NamedTuple):
+    """Something to time. `run` is timed, its result dropped after the clock has stopped; `prepare` is not timed."""
+
+    name: str
+    run: Callable[[], Any]
+    prepare: Callable[[], Any] | None = None
+
+
+class Times(NamedTuple):
+    """Seconds of each contestant in each round: times[name][round]."""
+
+    times: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.times[name])
+
+    def quantile(self, name: str, q: float) -> float:
+        return quantile(self.times[name], q)
+
+    def ratios(self, name: str, base: str) -> list[float]:
+        """Time of `name` over time of `base`, within each round."""
+        return [a / b for a, b in zip(self.times[name], self.times[base])]
+
+    def row(self, name: str, base: str) -> dict[str, float]:
+        """What a table shows of one contestant: milliseconds and the ratio to `base`, with their spread."""
+        ratios = self.ratios(name, base)
+        return {
+            "ms": 1e3 * self.median(name),
+            "ms_p20": 1e3 * self.quantile(name, 0.2),
+            "ms_p80": 1e3 * self.quantile(name, 0.8),
+            "ratio": statistics.median(ratios),
+            "ratio_p20": quantile(ratios, 0.2),
+            "ratio_p80": quantile(ratios, 0.8),
+            "rounds": len(ratios),
+        }
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The q-th quantile, 0 to 1, between neighbours by straight line."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def interleave(
+    contestants: list[Contestant],
+    *,
+    budget: float,
+    warmup: int = 2,
+    least: int = 5,
+    most: int = 100,
+    device: str = "cpu",
+    seed: int = 0,
+    tick: Callable[[], None] | None = None,
+) -> Times:
+    """Time contestants in turn.
+
+    Args:
+        contestants: names must differ.
+        budget: seconds for the measured rounds; decides their number together with `least` and `most`.
+        warmup: rounds that are not counted (also where compilers run).
+        device: "cpu" or "cuda"; on a GPU a clearing of its caches is queued ahead of each run, and events are timed.
+        tick: called after every round, for a progress bar.
+    """
+    clock = _Cuda() if device == "cuda" else _cpu_clock
+    for _ in range(warmup):
+        started = time.perf_counter()
+        for contestant in contestants:
+            _once(contestant, clock)
+        round_seconds = time.perf_counter() - started
+    rounds = max(least, min(most, int(budget / max(round_seconds, 1e-9))))
+    order, shuffle = list(contestants), random.Random(seed).shuffle
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for _ in range(rounds):
+        shuffle(order)
+        for contestant in order:
+            times[contestant.name].append(_once(contestant, clock))
+        if tick is not None:
+            tick()
+    return Times(times)
+
+
+def _once(contestant: Contestant, clock) -> float:
+    if contestant.prepare is not None:
+        contestant.prepare()
+    return clock(contestant.run)
+
+
+def _cpu_clock(run) -> float:
+    started = time.perf_counter()
+    result = run()
+    stopped = time.perf_counter()
+    del result
+    return stopped - started
+
+
+class _Cuda:
+    """Event time of one run, behind queued work that also clears the L2 cache.
+
+    A contestant that reads from the device on the host waits for that work too; the start event lies behind it, so
+    the wait itself is not counted, but what the host does afterwards is, as in real use.
+    """
+
+    def __init__(self):
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, run) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HEADSTART_CYCLES)
+        self.flush.zero_()
+        start.record()
+        result = run()
+        stop.record()
+        stop.synchronize()
+        del result
+        return start.elapsed_time(stop) / 1e3
+
+
+def short_rounds(contestants: list[Contestant], *, rounds: int, calls: int) -> Times:
+    """Host time of one call, for functions of microseconds: each round makes `calls` calls of every contestant."""
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    order, shuffle = list(contestants), random.Random(0).shuffle
+    for contestant in contestants:
+        for _ in range(calls):
+            contestant.run()
+    clock = time.perf_counter
+    for _ in range(rounds):
+        shuffle(order)
+        for contestant in order:
+            run, repeats = contestant.run, range(calls)
+            started = clock()
+            for _ in repeats:
+                run()
+            times[contestant.name].append((clock() - started) / calls)
+    return Times(times)
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Where and how a run was made: what a reader needs to judge its numbers."""
+    facts = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "transparent_hugepage": _thp_state(),
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+        "load": os.getloadavg()[0],
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts.update(gpu=properties.name, gpu_memory_gib=round(properties.total_memory / 2**30), cuda=torch.version.cuda)
+    return facts
+
+
+def busy_note(load: float | None = None) -> str | None:
+    """A sentence where something else ran when the measurement began, else None."""
+    load = os.getloadavg()[0] if load is None else load
+    if load > 0.5:
+        return f"the machine was not idle: load {load:.1f} on {os.cpu_count()} cores before the run"
+    return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _thp_state() -> str | None:
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+            return file.read().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True)
+        return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
