@@ -1,0 +1,13 @@
+"""vlm_fuse: the step between the vision tower and the language model, as one fused op."""
+
+from .adding import add_features
+from .attending import Attend
+from .backend import backends
+from .masks import IntervalMask
+from .merging import MergedBatch, merge
+from .planning import TokenPlan, plan
+from .status import raise_errors
+
+__version__ = "0.1.0"
+
+__all__ = ["Attend", "IntervalMask", "MergedBatch", "TokenPlan", "add_features", "backends", "merge", "plan", "raise_errors"]

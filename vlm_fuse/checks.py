@@ -1,0 +1,265 @@
+"""The errors of the public functions. Each names the argument or the sample, the counts, and the remedy."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from .batch import (
+    COUNTS_DIFFER,
+    DOCUMENT_RETURNS,
+    IMAGE_CUT,
+    OUTSIDE_VOCABULARY,
+    SCHEMES,
+    TOO_FEW_ROWS,
+    TOO_LONG,
+    TOO_MANY_INTERVALS,
+    TOO_MANY_ROWS,
+    Batch,
+)
+
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ID_DTYPES = (torch.int64, torch.int32)
+MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+# --- single arguments -------------------------------------------------------------------------------------------------
+
+
+def choice(name: str, value, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: unknown {value!r}; choose one of {', '.join(allowed)}")
+
+
+def tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def dtype_of(name: str, value: Tensor, allowed) -> None:
+    tensor(name, value)
+    if value.dtype not in allowed:
+        raise TypeError(f"{name}: expected one of {names(allowed)}, got {names([value.dtype])}")
+
+
+def floating(name: str, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {dtype!r}")
+
+
+def same_shape(name: str, value: Tensor, shape: torch.Size, of: str) -> None:
+    if value.shape != shape:
+        extra = "; a 4-D mask is a rendering, give the (B, T) mask that it came from" if value.dim() == 4 else ""
+        raise ValueError(f"{name}: expected the shape of {of}, {tuple(shape)}, got {tuple(value.shape)}{extra}")
+
+
+def same_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: is on {value.device}, but {of} is on {device}; move one of them")
+
+
+def token_id(name: str, value) -> int:
+    """An id as an int; a bool or a float is a mistake, a one-element tensor would be read back from its device."""
+    if isinstance(value, (bool, float, Tensor)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+
+
+def whole_numbers(name: str, value) -> Tensor:
+    """A list of ints or an integer tensor as ``(n,)`` int64."""
+    if isinstance(value, Tensor):
+        if value.dtype not in (*ID_DTYPES, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"{name}: expected integers, got {names([value.dtype])}")
+        found = value.reshape(-1).to(torch.int64)
+    else:
+        try:
+            found = torch.tensor([operator.index(number) for number in value], dtype=torch.int64)
+        except TypeError:
+            raise TypeError(f"{name}: expected a list of ints or an integer tensor, got {value!r}") from None
+    if found.is_cpu and not torch.compiler.is_compiling() and found.numel() and int(found.min()) < 0:
+        raise ValueError(f"{name}: {int(found.min())} is below 0")
+    return found
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids) -> Tensor:
+    """The tensor that gives the tokens, (B, T); the others agree with it."""
+    tokens, name = (input_ids, "input_ids") if placeholder_mask is None else (placeholder_mask, "placeholder_mask")
+    if tokens is None:
+        raise ValueError("input_ids: missing; only a placeholder_mask together with inputs_embeds can stand in for it")
+    dtype_of(name, tokens, ID_DTYPES if placeholder_mask is None else (torch.bool,))
+    if tokens.dim() != 2:
+        raise ValueError(f"{name}: expected (B, T), got {tuple(tokens.shape)}" + ("; unsqueeze(0) one sample" if tokens.dim() == 1 else ""))
+    if tokens.numel() >= 2**31:
+        raise ValueError(f"{name}: {tokens.numel()} tokens; a plan counts at most {2**31 - 1}, split the batch")
+    others = (("input_ids", input_ids, ID_DTYPES), ("attention_mask", attention_mask, (*MASK_DTYPES, *ROW_DTYPES)),
+              ("labels", labels, ID_DTYPES), ("document_ids", document_ids, ID_DTYPES))  # fmt: skip
+    for other, value, dtypes in others:
+        if value is not None and value is not tokens:
+            dtype_of(other, value, dtypes)
+            same_shape(other, value, tokens.shape, name)
+            same_device(other, value, tokens.device, name)
+    return tokens
+
+
+def text_source(inputs_embeds, weight, input_ids, embed_scale, token_shape: torch.Size, device: torch.device, of: str) -> None:
+    """Exactly one of inputs_embeds and weight, of a dtype and shape that rows can be read from."""
+    if (inputs_embeds is None) == (weight is None):
+        raise ValueError("inputs_embeds, weight: give exactly one, the text embeddings or the embedding table that they are looked up in")
+    if inputs_embeds is not None:
+        dtype_of("inputs_embeds", inputs_embeds, ROW_DTYPES)
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[:2] != token_shape:
+            raise ValueError(f"inputs_embeds: expected (B, T, D) with (B, T) = {tuple(token_shape)}, got {tuple(inputs_embeds.shape)}")
+        same_device("inputs_embeds", inputs_embeds, device, of)
+        if embed_scale is not None:
+            raise ValueError("embed_scale: goes with weight; inputs_embeds come scaled from the model's own embedding")
+        return
+    if input_ids is None:
+        raise ValueError("weight: needs input_ids to look up")
+    dtype_of("weight", weight, ROW_DTYPES)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected (V, D), got {tuple(weight.shape)}")
+    same_device("weight", weight, device, of)
+    if embed_scale is not None and (isinstance(embed_scale, bool) or not isinstance(embed_scale, (int, float))):
+        raise TypeError(f"embed_scale: expected a float, got {type(embed_scale).__name__}; a tensor would be read back")
+
+
+def feature_tensors(tensors, dim: int, device: torch.device) -> None:
+    for rows in tensors:
+        if rows.dtype not in ROW_DTYPES:
+            raise TypeError(f"image_embeds: expected one of {names(ROW_DTYPES)}, got {names([rows.dtype])}")
+        if rows.shape[-1] != dim:
+            raise ValueError(f"image_embeds: rows of {rows.shape[-1]} features, but the text has D = {dim}; project them first")
+        if rows.device != device:
+            same_device("image_embeds", rows, device, "the text")
+
+
+def output(out: Tensor, shape, dim: int, sources: tuple[Tensor, ...], inputs_embeds, keep: bool, records: bool) -> None:
+    """`out` can be written: its shape and dtype, no overlap with what is read, no gradient lost."""
+    if torch.compiler.is_compiling():
+        raise ValueError("out: refused under torch.compile, which places outputs itself; leave it out")
+    dtype_of("out", out, ROW_DTYPES)
+    wanted = (*shape, dim)
+    if tuple(out.shape) != wanted:
+        raise ValueError(f"out: expected {wanted}, got {tuple(out.shape)}")
+    if out is inputs_embeds:
+        if not keep:
+            raise ValueError("out: inputs_embeds can be written in place with layout='keep' and scheme='placeholders' only; other layouts move rows")
+        if records and out.is_leaf and out.requires_grad:
+            raise ValueError("out: inputs_embeds is a leaf that requires grad and cannot be written in place; leave out=None")
+    elif records:
+        raise ValueError("out: cannot be written while gradients are recorded, unless it is inputs_embeds; leave it out or use torch.no_grad()")
+    start, stop = _extent(out)
+    for source in sources:
+        if source is not out and source.numel() and out.numel():
+            first, last = _extent(source)
+            if first < stop and start < last:
+                raise ValueError("out: shares memory with a tensor that is read; give memory of its own")
+    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
+        raise ValueError("out: is expanded, several elements share one place in memory; give a contiguous tensor")
+
+
+def _extent(value: Tensor) -> tuple[int, int]:
+    """First byte and the byte after the last that a tensor reaches."""
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def interval_pair(kv_lo, kv_hi, kv_lo2, kv_hi2) -> None:
+    if (kv_lo2 is None) != (kv_hi2 is None):
+        raise TypeError("kv_lo2, kv_hi2: give both or neither")
+    for name, value in (("kv_lo", kv_lo), ("kv_hi", kv_hi), ("kv_lo2", kv_lo2), ("kv_hi2", kv_hi2)):
+        if value is not None or name in ("kv_lo", "kv_hi"):
+            dtype_of(name, value, (torch.int32,))
+            if value.dim() != 2:
+                raise ValueError(f"{name}: expected (B, Q), got {tuple(value.shape)}")
+            same_shape(name, value, kv_lo.shape, "kv_lo")
+
+
+def from_document_ids(document_ids, attend, image_ids) -> None:
+    dtype_of("document_ids", document_ids, ID_DTYPES)
+    if document_ids.dim() != 2:
+        raise ValueError(f"document_ids: expected (B, Q), got {tuple(document_ids.shape)}")
+    if image_ids is not None:
+        dtype_of("image_ids", image_ids, ID_DTYPES)
+        same_shape("image_ids", image_ids, document_ids.shape, "document_ids")
+        same_device("image_ids", image_ids, document_ids.device, "document_ids")
+    elif attend.images != "causal":
+        raise ValueError(f"image_ids: needed by Attend(images={attend.images!r}), -1 where there is no image")
+
+
+# --- what backends found ----------------------------------------------------------------------------------------------
+
+
+def _placeholder_name(kind: int, batch: Batch | None) -> str:
+    if batch is None:
+        return f"kind {kind + 1}"
+    if SCHEMES[batch.scheme] == "images_first":
+        return "images"
+    return "placeholder_mask" if batch.tokens.dtype == torch.bool else f"placeholder id {batch.kind(kind)[0]}"
+
+
+_ALLOW = "pass unused_features='allow' if the rest is meant to be unused"
+
+
+def _unit(batch: Batch | None) -> str:
+    return "feature rows" if batch is None or SCHEMES[batch.scheme] == "placeholders" else "images"
+
+
+def explain(record: tuple[int, ...], batch: Batch | None = None, input_ids: Tensor | None = None) -> Exception:
+    """The exception that says what a record means; with the batch or input_ids at hand it names the id or the sample."""
+    code, sample, kind, wanted, have, total, total_have, extra = record
+    name, unit = _placeholder_name(kind, batch), _unit(batch)
+    if code == TOO_FEW_ROWS:
+        return ValueError(
+            f"image_embeds: sample {sample} has {wanted} placeholders ({name}) but only {have} {unit} are left for it; the batch has {total} "
+            f"placeholders and {total_have} {unit}. Give one for each placeholder, in reading order, or check image_token_id and truncation"
+        )
+    if code == TOO_MANY_ROWS:
+        return ValueError(f"image_embeds: {total_have} {unit} but {total} placeholders ({name}) in the batch; {_ALLOW}, or check truncation")
+    if code == COUNTS_DIFFER and sample < 0:
+        return ValueError(f"feature_counts: they add up to {wanted} rows, but image_embeds has {have}; " + (_ALLOW if wanted < have else "give the missing rows"))
+    if code == COUNTS_DIFFER:
+        return ValueError(
+            f"feature_counts: sample {sample} has {wanted} placeholders ({name}) but owns {have} feature rows; the batch has {total} placeholders and "
+            f"{total_have} rows. Check the sample's tokens and images" + (f", or {_ALLOW}" if wanted < have else "")
+        )
+    if code == IMAGE_CUT:
+        return ValueError(
+            f"image_sizes: in sample {sample} an image begins and does not end: it has {wanted} placeholders ({name}), and the images that begin in "
+            f"it have {have} feature rows. Check truncation and the order of images; with feature_counts a cut image can be allowed"
+        )
+    if code == DOCUMENT_RETURNS:
+        return ValueError(
+            f"document_ids: in sample {sample} id {extra} returns after another document; a document is one run of tokens. Number the runs differently"
+        )
+    if code == TOO_LONG:
+        where = "the packed row" if sample < 0 else f"sample {sample}"
+        return ValueError(f"length: {where} needs {extra} rows, more than the length given; raise length, or pack fewer samples")
+    if code == OUTSIDE_VOCABULARY:
+        place = f"token {sample} of the flattened input_ids"
+        if input_ids is not None and input_ids.dim() == 2:
+            place = f"sample {sample // input_ids.shape[1]}, token {sample % input_ids.shape[1]}"
+        return IndexError(
+            f"input_ids: id {extra} ({place}) is outside the embedding table of {total_have} rows; if it marks an image, name it as a placeholder"
+        )
+    if code == TOO_MANY_INTERVALS:
+        return ValueError(
+            f"attend: row {sample} of the flattened rows (column {extra}) would need more than two intervals of keys: padding inside its document, a window, "
+            f"an image, a prefix or a parent leave too many gaps. Remove the padding (layout='packed') or describe the mask by fewer parts"
+        )
+    raise AssertionError(f"unknown record {record}")

@@ -1,0 +1,205 @@
+"""`merge`: text and image rows in one pass, with everything about the rows that attention and the loss need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import checks, ops, planning, settled
+from . import features as forms
+from .attending import Attend
+from .autograd import RowCall, merge_rows
+from .masks import IntervalMask
+from .planning import TokenPlan
+
+_CAUSAL = Attend()
+
+
+class MergedBatch:
+    """What `merge` returns: the rows, and through the plan every fact about them.
+
+    Attributes:
+        inputs_embeds: ``(G, W, D)`` the merged rows.
+        plan: the TokenPlan; its fields (position_ids, document_ids, cu_seqlens, ...) can be read here too.
+        labels: ``(G, W)`` or None.
+    """
+
+    __slots__ = ("inputs_embeds", "plan")
+
+    def __init__(self, inputs_embeds: Tensor, plan: TokenPlan):
+        self.inputs_embeds = inputs_embeds
+        self.plan = plan
+
+    def __repr__(self) -> str:
+        return f"MergedBatch(inputs_embeds={tuple(self.inputs_embeds.shape)}, dtype={self.inputs_embeds.dtype}, plan={self.plan!r})"
+
+    @property
+    def mask(self) -> IntervalMask | dict[str, IntervalMask]:
+        """The mask for ``plan.attend``; where that is a dict of layer types, a dict of masks."""
+        attend = self.plan.attend
+        if isinstance(attend, Mapping):
+            return {layer_type: self.plan.mask(value) for layer_type, value in attend.items()}
+        return self.plan.mask(attend)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Rows of the output's layout, each back at its token's place; zero elsewhere. Differentiable.
+
+        Args:
+            rows: ``(G, W)`` or ``(G, W, ...)``: hidden states, logits, losses a token, in the layout of inputs_embeds.
+
+        Returns:
+            Tensor: ``(B, T, ...)`` as input_ids; with "expand" and "images_first" ``(B, longest sample, ...)``, padded on
+            padding_side.
+
+        Raises:
+            ValueError: rows that are not of this batch's layout.
+
+        Example:
+            >>> import torch, vlm_fuse
+            >>> ids, mask = torch.tensor([[1, 2, 3], [0, 0, 4]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+            >>> out = vlm_fuse.merge(ids, torch.zeros(2, 3, 8), attention_mask=mask, layout="packed")
+            >>> out.unpack(torch.tensor([[10., 20., 30., 40.]]))
+            tensor([[10., 20., 30.],
+                    [ 0.,  0., 40.]])
+        """
+        checks.tensor("rows", rows)
+        shape = self.plan.source_index.shape
+        if rows.dim() < 2 or rows.shape[:2] != shape:
+            raise ValueError(f"rows: expected {tuple(shape)} and any further dimensions, as inputs_embeds, got {tuple(rows.shape)}")
+        checks.same_device("rows", rows, self.plan.device, "the plan")
+        index, rest = self.plan.unpack_index(), rows.shape[2:]
+        flat = rows.reshape(*shape, rest.numel())
+        if rows.dtype in checks.ROW_DTYPES:
+            call = RowCall(None, None, (), index, None, False, rows.dtype, "off", self.plan.backend)
+            made = merge_rows(flat, None, (), call)
+        else:
+            source = -1 - index.long()
+            inside = (source >= 0) & (source < shape.numel())
+            padded = torch.cat([flat.view(shape.numel(), rest.numel()), flat.new_zeros(1, rest.numel())])
+            made = padded[torch.where(inside, source, shape.numel())]
+        return made.view(*index.shape, *rest)
+
+
+def _delegate(name: str) -> property:
+    return property(lambda self: getattr(self.plan, name), doc=f"TokenPlan.{name}")
+
+
+for _name in (
+    "labels", "source_index", "text_index", "position_ids", "document_ids", "image_ids", "kind_ids", "attention_mask",
+    "kv_lo", "kv_hi", "kv_lo2", "kv_hi2", "cu_seqlens", "max_seqlen", "feature_starts",
+):  # fmt: skip
+    setattr(MergedBatch, _name, _delegate(_name))
+
+
+def merge(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None = None,
+    image_embeds=None,
+    *,
+    image_token_id: int | None = None,
+    placeholder_mask: Tensor | None = None,
+    image_sizes=None,
+    feature_counts=None,
+    weight: Tensor | None = None,
+    embed_scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    scheme: str = "placeholders",
+    combine: str = "replace",
+    layout: str = "keep",
+    padding_side: str = "right",
+    length: int | None = None,
+    attend: Attend | Mapping[str, Attend] = _CAUSAL,
+    unused_features: str = "error",
+    out: Tensor | None = None,
+    plan: TokenPlan | None = None,
+    validate: str = "auto",
+    backend: str = "auto",
+) -> MergedBatch:
+    """Put image rows where their placeholders stand, drop or move padding, and say for every row where it belongs.
+
+    Every output row is copied from exactly one source row, once, and converted to the output's dtype on the way; nothing of
+    the size of the output is allocated but the output.
+
+    Args:
+        input_ids: ``(B, T)`` int32 or int64 token ids. May be None with `placeholder_mask` and `inputs_embeds`.
+        inputs_embeds: ``(B, T, D)`` float32, bfloat16, float16 or float64 text embeddings, any strides. Or `weight`.
+        image_embeds: feature rows in reading order: ``(N, D)``, ``(images, P, D)``, a list of ``(P_i, D)``, or a dict
+            {placeholder id: any of these} for several kinds. Another dtype than the text's is converted. None: no rows.
+        image_token_id: the id that marks a placeholder; any int, also negative or past the table. Not with a dict.
+        placeholder_mask: ``(B, T)`` bool instead of an id, one kind only.
+        image_sizes: rows of each image where image_embeds does not tell: ints, an int tensor (on the CPU: one on a GPU is
+            read back), or a dict by placeholder id.
+        feature_counts: ``(B,)`` rows that each sample owns, or a dict by placeholder id.
+        weight: ``(V, D)`` embedding table: the lookup is fused, text embeddings are never materialised.
+        embed_scale: factor of the looked-up rows, rounded to the weight's dtype (Gemma). Image rows are not scaled.
+        attention_mask: ``(B, T)``, nonzero = token.
+        labels: ``(B, T)`` int32 or int64.
+        document_ids: ``(B, T)`` ids of the documents of rows that are packed already, below 0 = padding.
+        scheme: "placeholders": one placeholder per feature row. "expand": one per image. "images_first": no placeholders,
+            the sample's images in one block before its text (image i belongs to sample i, or feature_counts says).
+        combine: "replace" the placeholder's row, or "add" the feature row to it (in float32, rounded once).
+        layout: "keep": as input_ids. "padded": padding moved to padding_side, zero rows. "packed": one row, no padding.
+        padding_side: "right" or "left", of layout "padded" and of `MergedBatch.unpack`.
+        length: static width of "padded" and "packed"; without it the width is read back on a GPU.
+        attend: who sees whom, an Attend, or a dict {layer type: Attend}.
+        unused_features: "error", or "allow" feature rows beyond the placeholders: they get a zero gradient, never None.
+        out: written in place and returned as inputs_embeds; ``out is inputs_embeds`` writes the image rows alone.
+        plan: made ahead by `plan`; what it settles comes from it, arguments given again must agree.
+        validate: "sync" raises before anything is written (default on a CPU); "async" flags errors on the device for
+            `raise_errors` (default on a GPU); "off" reports nothing. Nothing is ever read or written out of bounds.
+        backend: "auto", or one of `backends()`.
+
+    Returns:
+        MergedBatch: inputs_embeds ``(G, W, D)``: ``(B, T, D)`` with "keep", ``(B, W, D)`` "padded", ``(1, L, D)`` "packed".
+
+    Raises:
+        ValueError: rows and placeholders that do not agree (names the first bad sample and both counts), shapes, devices,
+            unknown words, a length too small, a document id that returns, arguments that a plan contradicts.
+        TypeError: dtypes.
+        IndexError: with `weight`, an id outside the table where its row is read.
+
+    Example:
+        >>> import torch, vlm_fuse
+        >>> input_ids = torch.tensor([[1, 9, 9, 2], [0, 0, 3, 4]])
+        >>> out = vlm_fuse.merge(input_ids, torch.zeros(2, 4, 3), torch.ones(2, 3), image_token_id=9,
+        ...                      attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]), layout="packed")
+        >>> out.inputs_embeds[0, :, 0]
+        tensor([0., 1., 1., 0., 0., 0.])
+        >>> out.position_ids, out.cu_seqlens, out.max_seqlen
+        (tensor([[0, 1, 2, 3, 0, 1]]), tensor([0, 4, 6], dtype=torch.int32), 4)
+
+    Source: the merges it replaces are ``masked_scatter`` in huggingface/transformers and boolean indexing in
+    huggingface/nanoVLM.
+    """
+    if plan is None:
+        tokens = checks.batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids)
+        kinds = forms.describe(() if image_embeds is None else image_embeds, image_token_id, image_sizes, placeholder_mask, scheme)
+        text = inputs_embeds if weight is None else weight
+        checks.text_source(inputs_embeds, weight, input_ids, embed_scale, tokens.shape, tokens.device, "input_ids")
+        for kind in kinds:
+            checks.feature_tensors(kind.tensors, text.shape[-1], text.device)
+        plan = planning.make(
+            tokens, attention_mask, labels, document_ids, kinds, feature_counts, placeholder_mask is not None, scheme, combine, layout,
+            padding_side, length, attend, unused_features, validate, backend,
+        )  # fmt: skip
+    else:
+        settings = (scheme, combine, layout, padding_side, length, attend, unused_features)
+        kinds, plan = settled.agree(plan, settings, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
+        text = inputs_embeds if weight is None else weight
+        settled.sources(plan, kinds, input_ids, inputs_embeds, weight, embed_scale, text)
+    features, starts = forms.tables(kinds, plan.feature_starts)
+    add = plan.combine == "add"
+    call = RowCall(
+        None if weight is None else input_ids.contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
+        text.dtype if out is None else out.dtype, ops.mode_of(plan.validate if validate == "auto" else validate, text),
+        plan.backend if backend == "auto" else backend,
+    )  # fmt: skip
+    if out is not None:
+        records = torch.is_grad_enabled() and (text.requires_grad or any(rows.requires_grad for rows in features))
+        keep = plan.layout == "keep"
+        checks.output(out, plan.source_index.shape, text.shape[-1], (text, *features), inputs_embeds, keep, records)
+    return MergedBatch(merge_rows(inputs_embeds, weight, features, call, out), plan)

@@ -1,0 +1,314 @@
+"""The operators: schemas, fake kernels, registration. Imports torch alone; a backend is chosen at the call.
+
+Plain eager tensors go straight to the backend's function; under torch.compile, export, a dispatch mode or for a tensor
+subclass the registered operator is called instead (about 4 us more). Without that guard FakeTensorMode would hand null
+pointers to the kernels, and make_fx would bake results in as constants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import checks, status
+from .attending import Attend
+from .backend import choose, name_from
+from .batch import LAYOUTS, RAISE, Batch, RecordedError
+
+library = torch.library.Library("vlm_fuse", "DEF")
+
+_BATCH = (
+    "Tensor tokens, Tensor? attention_mask, Tensor? document_ids, Tensor? labels, SymInt[] kinds, Tensor? image_rows, "
+    "Tensor? feature_counts, int scheme, int layout, bool left, bool unused"
+)
+library.define(f"plan({_BATCH}, SymInt? width, str validate, str backend) -> Tensor")
+library.define(f"facts({_BATCH}, SymInt width, str names, SymInt? documents, str backend) -> Tensor[]")
+library.define(
+    "intervals(Tensor document_ids, Tensor? image_ids, int[] attend, Tensor? prefix_lengths, Tensor? parent_ids, bool pair, "
+    "str validate, str backend) -> Tensor[]"
+)
+library.define(
+    "merge_rows(Tensor? text, Tensor? weight, Tensor? tokens, float? scale, Tensor[] features, SymInt[] starts, "
+    "Tensor source_index, Tensor? text_index, bool add, ScalarType dtype, str validate, str backend) -> Tensor"
+)
+library.define(
+    "merge_rows_backward(Tensor grad, Tensor source_index, Tensor? text_index, Tensor? tokens, float? scale, SymInt[] starts, "
+    "bool add, SymInt[] text_size, ScalarType text_dtype, bool is_weight, bool needs_text, SymInt[] feature_sizes, int[] feature_dims, "
+    "ScalarType[] feature_dtypes, bool[] needs_features, str backend) -> Tensor[]"
+)
+
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def traced() -> bool:
+    """Something watches the calls: they must go through the registered operators."""
+    return is_compiling() or _dispatch_modes() or _function_modes()
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Ordinary tensors with memory of their own, which a kernel may read directly."""
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda or tensor.is_xpu)):
+            return False
+    return True
+
+
+def _kernels(backend: str, tensor: Tensor):
+    return choose(backend, "cpu" if tensor.is_cpu else tensor.device.type)
+
+
+def mode_of(validate: str, tensor: Tensor) -> str:
+    """ "auto" is "sync" on a CPU and "async" elsewhere."""
+    if validate == "auto":
+        return "sync" if tensor.is_cpu else "async"
+    return validate
+
+
+def _status(validate: str, tensor: Tensor):
+    return RAISE if validate == "sync" else status.for_mode(validate, tensor.device)
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def count(batch: Batch, backend: str) -> tuple[int, int, int, tuple[int, ...]]:
+    """Kept rows of the longest sample, of all, documents, placeholders by kind. Read back from a GPU, errors with it."""
+    found = _kernels(backend, batch.tokens).count(batch)
+    if not batch.tokens.is_cpu:
+        status.raise_errors(batch.tokens.device)
+    return found
+
+
+def needed_width(batch: Batch, backend: str) -> int:
+    """The width that the layout needs where no length is given."""
+    if LAYOUTS[batch.layout] == "keep":
+        return batch.tokens.shape[1]
+    longest, total, _, _ = count(batch, backend)
+    return longest if LAYOUTS[batch.layout] == "padded" else total
+
+
+def _plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
+    if width is None:
+        width = needed_width(batch, backend)
+    try:
+        return _kernels(backend, batch.tokens).plan(batch, width, _status(validate, batch.tokens))
+    except RecordedError as error:
+        raise checks.explain(error.record, batch) from None
+
+
+def plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
+    """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None."""
+    if traced() or not plain(batch.tokens):
+        return torch.ops.vlm_fuse.plan(*batch, width, validate, backend)
+    return _plan(batch, width, validate, backend)
+
+
+library.impl("plan", lambda *args: _plan(_batch(args[:11]), *args[11:]), "CompositeExplicitAutograd")
+
+
+def _batch(fields) -> Batch:
+    tokens, attention_mask, document_ids, labels, kinds, *rest = fields
+    return Batch(tokens, attention_mask, document_ids, labels, tuple(kinds), *rest)
+
+
+def _output_shape(batch: Batch, width) -> tuple:
+    return (1 if LAYOUTS[batch.layout] == "packed" else batch.tokens.shape[0], width)
+
+
+@torch.library.register_fake("vlm_fuse::plan", lib=library)
+def _(*args):
+    batch, width = _batch(args[:11]), args[11]
+    if width is None:
+        width = batch.tokens.shape[1] if LAYOUTS[batch.layout] == "keep" else _unknown_size()
+    return batch.tokens.new_empty(_output_shape(batch, width), dtype=torch.int32)
+
+
+def _unknown_size():
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except Exception as error:  # FakeTensorMode without a ShapeEnv raises one of several kinds
+        raise RuntimeError(
+            "length: the width of this layout depends on the data, and this FakeTensorMode has no ShapeEnv to say so; give length"
+        ) from error
+
+
+_FACT_DTYPES = {
+    "text_index": torch.int32,
+    "position_ids": torch.int64,
+    "document_ids": torch.int32,
+    "image_ids": torch.int32,
+    "kind_ids": torch.int8,
+    "attention_mask": torch.bool,
+    "labels": None,
+    "cu_seqlens": torch.int32,
+}
+
+
+def _facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
+    if documents is None:
+        documents = count(batch, backend)[2] if batch.document_ids is not None and "cu_seqlens" in names else 0
+    return _kernels(backend, batch.tokens).facts(batch, width, names, documents)
+
+
+def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
+    """The named facts of the rows; `documents` sizes cu_seqlens where document_ids are given, None: as many as there are."""
+    if traced() or not plain(batch.tokens):
+        return tuple(torch.ops.vlm_fuse.facts(*batch, width, ",".join(names), documents, backend))
+    return _facts(batch, width, names, documents, backend)
+
+
+def _facts_op(*args):
+    width, names, documents, backend = args[11:]
+    return list(_facts(_batch(args[:11]), width, tuple(names.split(",")), documents, backend))
+
+
+library.impl("facts", _facts_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("vlm_fuse::facts", lib=library)
+def _(*args):
+    batch, (width, names, documents, _) = _batch(args[:11]), args[11:]
+    made = []
+    for name in names.split(","):
+        dtype = batch.labels.dtype if name == "labels" else _FACT_DTYPES[name]
+        shape = _output_shape(batch, width)
+        if name == "cu_seqlens":
+            if batch.document_ids is None:
+                shape = (batch.tokens.shape[0] + 1,)
+            else:
+                shape = ((_unknown_size() if documents is None else documents) + 1,)
+        made.append(batch.tokens.new_empty(shape, dtype=dtype))
+    return made
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair: bool, validate: str, backend: str):
+    try:
+        return _kernels(backend, document_ids).intervals(
+            document_ids, image_ids, tuple(attend), prefix_lengths, parent_ids, pair, _status(validate, document_ids)
+        )
+    except RecordedError as error:
+        raise checks.explain(error.record) from None
+
+
+def intervals(document_ids, image_ids, attend: Attend, prefix_lengths=None, parent_ids=None, *, pair: bool, validate="auto", backend="auto"):
+    """``(kv_lo, kv_hi, kv_lo2, kv_hi2)`` int32 (G, W); the second pair None without `pair` or where no row needs it."""
+    document_ids = document_ids.int().contiguous()
+    image_ids = image_ids.int().contiguous() if image_ids is not None and attend.images != "causal" else None
+    prefix_lengths, parent_ids = (_ints(value, document_ids.device) for value in (prefix_lengths, parent_ids))
+    args = (document_ids, image_ids, attend.codes, prefix_lengths, parent_ids, pair, mode_of(validate, document_ids), name_from(backend))
+    if traced() or not plain(document_ids):
+        made = torch.ops.vlm_fuse.intervals(*args)
+        return (*made, None, None) if len(made) == 2 else tuple(made)
+    return _intervals(*args)
+
+
+def _ints(value, device: torch.device) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value, dtype=torch.int64, device=device)
+
+
+def _intervals_op(*args):
+    made, pair = _intervals(*args), args[5]
+    if not pair:
+        return list(made[:2])
+    return [part if part is not None else torch.zeros_like(made[0]) for part in made]
+
+
+library.impl("intervals", _intervals_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("vlm_fuse::intervals", lib=library)
+def _(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair, validate, backend):
+    return [torch.empty_like(document_ids) for _ in range(4 if pair else 2)]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _merge_rows_into(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, validate, backend, fresh):
+    try:
+        _kernels(backend, source_index).rows(
+            out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, _status(validate, source_index), fresh
+        )
+    except RecordedError as error:
+        raise checks.explain(error.record, input_ids=tokens) from None
+
+
+def merge_rows(text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate, backend) -> Tensor:
+    """The row op on plain tensors: ``(G, W, D)``, every row copied from one source row (two with `add`)."""
+    table = text if weight is None else weight
+    rows, width = source_index.shape
+    if table.dtype is dtype:
+        out = table.new_empty(rows, width, table.shape[-1])
+    else:
+        out = table.new_empty((rows, width, table.shape[-1]), dtype=dtype)
+    _merge_rows_into(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, False, validate, backend, True)
+    return out
+
+
+def merge_rows_in_place(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate, backend) -> Tensor:
+    """The row op written into `out`; where that is the text itself only the feature rows are written."""
+    _merge_rows_into(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, out is text, validate, backend, False)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+library.impl("merge_rows", merge_rows, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("vlm_fuse::merge_rows", lib=library)
+def _(text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate, backend):
+    table = text if weight is None else weight
+    return table.new_empty((*source_index.shape, table.shape[-1]), dtype=dtype)
+
+
+def merge_rows_backward(
+    grad, source_index, text_index, tokens, scale, starts, add, text_like, is_weight, needs_text, features_like, needs_features, backend
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of the text (or weight) and of each feature tensor, None where not needed. `*_like` = (shape, dtype)."""
+    grad_table = grad.new_empty(text_like[0], dtype=text_like[1]) if needs_text else None
+    grad_features = [grad.new_empty(like[0], dtype=like[1]) if needed else None for like, needed in zip(features_like, needs_features)]
+    _kernels(backend, grad).rows_backward(
+        grad, source_index, text_index, tokens, scale, starts, add,
+        None if is_weight else grad_table, grad_table if is_weight else None, grad_features, True,
+    )  # fmt: skip
+    return grad_table, grad_features
+
+
+def feature_likes(sizes, dims, dtypes) -> list[tuple]:
+    """(shape, dtype) of each feature tensor from the flat lists that a schema can carry."""
+    likes, at = [], 0
+    for dim, dtype in zip(dims, dtypes):
+        likes.append((tuple(sizes[at : at + dim]), dtype))
+        at += dim
+    return likes
+
+
+def _merge_rows_backward_op(
+    grad, source_index, text_index, tokens, scale, starts, add, text_size, text_dtype, is_weight, needs_text,
+    feature_sizes, feature_dims, feature_dtypes, needs_features, backend,
+):  # fmt: skip
+    grad_table, grad_features = merge_rows_backward(
+        grad, source_index, text_index, tokens, scale, starts, add, (tuple(text_size), text_dtype), is_weight, needs_text,
+        feature_likes(feature_sizes, feature_dims, feature_dtypes), needs_features, backend,
+    )  # fmt: skip
+    return [made for made in (grad_table, *grad_features) if made is not None]
+
+
+library.impl("merge_rows_backward", _merge_rows_backward_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("vlm_fuse::merge_rows_backward", lib=library)
+def _(
+    grad, source_index, text_index, tokens, scale, starts, add, text_size, text_dtype, is_weight, needs_text,
+    feature_sizes, feature_dims, feature_dtypes, needs_features, backend,
+):  # fmt: skip
+    made = [grad.new_empty(tuple(text_size), dtype=text_dtype)] if needs_text else []
+    likes = feature_likes(feature_sizes, feature_dims, feature_dtypes)
+    return made + [grad.new_empty(like[0], dtype=like[1]) for like, needed in zip(likes, needs_features) if needed]

@@ -1,0 +1,58 @@
+"""Errors found on the device: flagged without a host synchronisation, raised when somebody waits for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .batch import RAISE, RECORD_FIELDS
+
+_flags: dict[torch.device, Tensor] = {}
+
+
+def flag(device: torch.device) -> Tensor:
+    """``(8,)`` int64 on the device: the first error's record, zeros while there is none."""
+    found = _flags.get(device)
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():
+            found = _flags[device] = torch.zeros(len(RECORD_FIELDS), dtype=torch.int64, device=device)
+    return found
+
+
+def for_mode(validate: str, device: torch.device):
+    """What a backend gets as `status`: RAISE for "sync", the device's flag for "async", None for "off"."""
+    if validate == "sync":
+        return RAISE
+    return flag(device) if validate == "async" else None
+
+
+def raise_errors(device: torch.device | str | None = None) -> None:
+    """Wait for the device, and raise the first error that calls with ``validate="async"`` have flagged on it.
+
+    Args:
+        device: the device to ask; None: every device on which something ran asynchronously.
+
+    Raises:
+        ValueError: feature rows and placeholders do not agree, a document id returns, a length is too small, or a mask
+            row needs more than two intervals.
+        IndexError: a token id outside the embedding table.
+
+    The flag is cleared, so that the next call starts afresh.
+
+    Example:
+        >>> import torch, vlm_fuse
+        >>> ids, rows = torch.tensor([[5, 7, 7]]), torch.zeros(1, 4)
+        >>> out = vlm_fuse.merge(ids, torch.ones(1, 3, 4), rows, image_token_id=7, validate="async")
+        >>> vlm_fuse.raise_errors()
+        Traceback (most recent call last):
+        ValueError: ...
+    """
+    wanted = None if device is None else torch.device(device)
+    for place, found in list(_flags.items()):
+        if wanted is not None and (place.type != wanted.type or (wanted.index is not None and place.index not in (None, wanted.index))):
+            continue
+        record = tuple(found.tolist())
+        if record[0]:
+            found.zero_()
+            raise checks.explain(record)
