@@ -28,8 +28,11 @@ def is_capturing(tensor: Tensor) -> bool:
 
 
 def row_shape(dim: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for rows of `dim` elements: 32 elements a thread, several 16-byte accesses in flight."""
-    block = min(triton.next_power_of_2(max(dim, 1)), 4096)
+    """(BLOCK, num_warps) for rows of `dim` elements: up to 32 elements a thread, several 16-byte accesses in flight.
+
+    Never below 512: 64 lanes (AMD) of 8 two-byte elements.
+    """
+    block = min(max(triton.next_power_of_2(dim), 512), 4096)
     return block, max(1, min(4, block // 1024))
 
 

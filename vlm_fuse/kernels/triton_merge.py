@@ -25,7 +25,7 @@ _CHECKED = tl.constexpr(16)  # rows a thread checks at once for ids outside the 
 _VARYING = [
     "rows", "out_width", "out_stride0", "out_stride1", "text_rows", "text_width", "text_stride0", "text_stride1", "text_column",
     "token_count", "vocabulary", "scale", "first", "feature_rows", "feature_width", "feature_stride0", "feature_stride1",
-    "feature_column", "entries", "features", "count", "grad_width", "grad_stride0", "grad_stride1", "grad_column", "flat_rows",
+    "feature_column", "entries", "grad_width", "grad_stride0", "grad_stride1", "grad_column", "flat_rows",
 ]  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def _write_feature(
     D: tl.constexpr, BLOCK: tl.constexpr, STRIDED: tl.constexpr,
     ADD: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, TEXT_STRIDED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
+    # limit is D, or 0 for a row that is not there: both constants, so the masked accesses stay 16 bytes wide
     for start in range(0, D, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(pointer + _columns(cols, column, STRIDED), mask=cols < limit, other=0.0, eviction_policy="evict_first")
@@ -83,6 +84,21 @@ def _write_feature(
             base = _load_text(text, cols, text_limit, text_column, scale, SCALED, TEXT_STRIDED, FUSED)
             x = _widen(base, WIDE) + _widen(x, WIDE)
         tl.store(target + cols, convert(x, target.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def _typed(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+    if CODE == 0:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif CODE == 1:
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    elif CODE == 2:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float64))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -193,9 +209,9 @@ def rows_kernel(
                             x = _load_text(base, cols, base_limit, text_column, scale, SCALED, TEXT_STRIDED, FUSED)
                         tl.store(target + cols, convert(x, target.dtype.element_ty), mask=cols < D)
                 else:
-                    pointer = features + offset_of(local, feature_width, feature_stride0, feature_stride1, UNIT, SPLIT)
+                    feature = features + offset_of(local, feature_width, feature_stride0, feature_stride1, UNIT, SPLIT)
                     _write_feature(
-                        target, pointer, feature_column, tl.where(known, D, 0), base, text_column, base_limit, scale,
+                        target, feature, feature_column, tl.where(known, D, 0), base, text_column, base_limit, scale,
                         D, BLOCK, STRIDED, ADD, WIDE, SCALED, TEXT_STRIDED, FUSED,
                     )  # fmt: skip
             else:
@@ -210,18 +226,8 @@ def rows_kernel(
                 for option in tl.static_range(4):
                     if (DTYPES >> option) & 1:
                         if (DTYPES == 1 << option) or code == option:
-                            if option == 0:
-                                pointer = address.to(tl.pointer_type(tl.float32))
-                            elif option == 1:
-                                pointer = address.to(tl.pointer_type(tl.bfloat16))
-                            elif option == 2:
-                                pointer = address.to(tl.pointer_type(tl.float16))
-                            else:
-                                pointer = address.to(tl.pointer_type(tl.float64))
-                            if ALIGNED:
-                                pointer = tl.multiple_of(pointer, 16)
                             _write_feature(
-                                target, pointer + offset, column, tl.where(known, D, 0), base, text_column, base_limit, scale,
+                                target, _typed(address, option, ALIGNED) + offset, column, tl.where(known, D, 0), base, text_column, base_limit, scale,
                                 D, BLOCK, STRIDED, ADD, WIDE, SCALED, TEXT_STRIDED, FUSED,
                             )  # fmt: skip
         else:
