@@ -292,3 +292,220 @@ def rows(
             add, text_index is not None, only_features, tl.float64 if double else tl.float32, int(check), checked,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def inverse_kernel(
+    source_index, text_index, tokens, row_of_feature, row_of_token, ids,
+    rows, feature_rows, text_rows, token_count, vocabulary,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK output rows: it notes each at its feature row and its token, and the id of the embedding it read."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < rows
+    source = tl.load(source_index + row, mask=here, other=_NO_ROW)
+    token = -1 - source  # PAD gives a token beyond every text
+    first_of_token = here
+    if ADD:
+        if text_index is None:
+            token = row.to(tl.int32)
+        else:
+            stands = tl.load(text_index + row, mask=here, other=-1)
+            before = tl.load(text_index + row - 1, mask=here & (row > 0), other=-1)
+            token = tl.where(source >= 0, stands, token)
+            first_of_token = here & ((source < 0) | (before != stands))
+    if row_of_feature is not None:
+        tl.store(row_of_feature + source, row.to(tl.int32), mask=here & (source >= 0) & (source < feature_rows))
+    if row_of_token is not None:
+        tl.store(row_of_token + token, row.to(tl.int32), mask=first_of_token & (token >= 0) & (token < text_rows))
+    if ids is not None:
+        known = here & (token >= 0) & (token < token_count)
+        found = tl.load(tokens + token, mask=known, other=-1).to(tl.int64)
+        known &= (found >= 0) & (found < vocabulary)
+        tl.store(ids + row, tl.where(known, found, vocabulary).to(tl.int32), mask=here)
+    # written once: a feature row has one output row, a token one or neighbouring ones of which only the first is noted
+
+
+@triton.jit
+def _gather_row(
+    target, grad, row, limit, text_index, rows, token, grad_width, grad_stride0, grad_stride1, grad_column,
+    D: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, STRIDED: tl.constexpr,
+    SUM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write one gradient row: output row `row` of grad converted, with SUM the sum of it and those after it of the same token."""
+    for start in range(0, D, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        pointer = grad + offset_of(row, grad_width, grad_stride0, grad_stride1, UNIT, SPLIT)
+        x = tl.load(pointer + _columns(cols, grad_column, STRIDED), mask=cols < limit, other=0.0, eviction_policy="evict_first")
+        if SUM:
+            total = _widen(x, WIDE)
+            following = row + 1
+            more = (limit > 0) & (following < rows)
+            if more:
+                more = tl.load(text_index + following) == token
+            while more:
+                pointer = grad + offset_of(following, grad_width, grad_stride0, grad_stride1, UNIT, SPLIT)
+                total += _widen(tl.load(pointer + _columns(cols, grad_column, STRIDED), mask=cols < D, other=0.0), WIDE)
+                following += 1
+                more = following < rows
+                if more:
+                    more = tl.load(text_index + following) == token
+            tl.store(target + cols, convert(total, target.dtype.element_ty), mask=cols < D)
+        else:
+            tl.store(target + cols, convert(x, target.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def gather_kernel(
+    grad, row_of_feature, row_of_token, text_index, grad_text, grad_features, table,
+    rows, text_rows, first, entries, grad_width, grad_stride0, grad_stride1, grad_column,
+    D: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr, DTYPES: tl.constexpr, SUM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A program owns one gradient row: those of the text first, then those of the features."""
+    program = tl.program_id(0)
+    if program < text_rows:
+        if grad_text is not None:
+            row = program
+            if row_of_token is not None:
+                row = tl.load(row_of_token + program)
+            _gather_row(
+                grad_text + program.to(tl.int64) * D, grad, tl.maximum(row, 0), tl.where(row >= 0, D, 0), text_index, rows, program,
+                grad_width, grad_stride0, grad_stride1, grad_column, D, BLOCK, UNIT, SPLIT, STRIDED, SUM, WIDE,
+            )  # fmt: skip
+    else:
+        number = program - text_rows
+        if DTYPES == 0:
+            if grad_features is not None:
+                row = tl.load(row_of_feature + first + number)
+                _gather_row(
+                    grad_features + number.to(tl.int64) * D, grad, tl.maximum(row, 0), tl.where(row >= 0, D, 0), text_index, rows, 0,
+                    grad_width, grad_stride0, grad_stride1, grad_column, D, BLOCK, UNIT, SPLIT, STRIDED, False, WIDE,
+                )  # fmt: skip
+        else:
+            at = find_entry(table, entries, number)
+            local = number - tl.load(at + 1).to(tl.int32)
+            row = tl.load(row_of_feature + tl.load(at + 3).to(tl.int32) + local)
+            address = tl.load(at)
+            code = tl.load(at + 7)
+            offset = local.to(tl.int64) * D
+            for option in tl.static_range(4):
+                if (DTYPES >> option) & 1:
+                    if (DTYPES == 1 << option) or code == option:
+                        _gather_row(
+                            _typed(address, option, ALIGNED) + offset, grad, tl.maximum(row, 0), tl.where(row >= 0, D, 0), text_index, rows, 0,
+                            grad_width, grad_stride0, grad_stride1, grad_column, D, BLOCK, UNIT, SPLIT, STRIDED, False, WIDE,
+                        )  # fmt: skip
+    # written once: programs and gradient rows are one to one
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def weight_kernel(
+    grad, order, begins, grad_weight, scale, grad_width, grad_stride0, grad_stride1, grad_column,
+    D: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, STRIDED: tl.constexpr,
+    SCALED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK columns of one embedding row and adds its output rows in ascending order."""
+    token = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.load(begins + token)
+    high = tl.load(begins + token + 1)
+    total = tl.zeros((BLOCK,), WIDE)
+    for at in range(low, high, 4):
+        # four loads in flight; a row beyond the last adds zeros, which change no sum that began at zero
+        x0 = _sorted_row(grad, order, at, high, cols, grad_width, grad_stride0, grad_stride1, grad_column, D, UNIT, SPLIT, STRIDED)
+        x1 = _sorted_row(grad, order, at + 1, high, cols, grad_width, grad_stride0, grad_stride1, grad_column, D, UNIT, SPLIT, STRIDED)
+        x2 = _sorted_row(grad, order, at + 2, high, cols, grad_width, grad_stride0, grad_stride1, grad_column, D, UNIT, SPLIT, STRIDED)
+        x3 = _sorted_row(grad, order, at + 3, high, cols, grad_width, grad_stride0, grad_stride1, grad_column, D, UNIT, SPLIT, STRIDED)
+        total = total + _widen(x0, WIDE)
+        total = total + _widen(x1, WIDE)
+        total = total + _widen(x2, WIDE)
+        total = total + _widen(x3, WIDE)
+    if SCALED:
+        total = total * scale.to(tl.int64).to(tl.float64, bitcast=True).to(WIDE)
+    target = grad_weight + token.to(tl.int64) * D
+    tl.store(target + cols, convert(total, grad_weight.dtype.element_ty), mask=cols < D)
+    # written once: programs tile (V, D)
+
+
+@triton.jit
+def _sorted_row(
+    grad, order, at, high, cols, width, stride0, stride1, column,
+    D: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, STRIDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(order + at, mask=at < high, other=0).to(tl.int32)
+    pointer = grad + offset_of(row, width, stride0, stride1, UNIT, SPLIT)
+    return tl.load(pointer + _columns(cols, column, STRIDED), mask=cols < tl.where(at < high, D, 0), other=0.0)
+
+
+def rows_backward(
+    grad: Tensor, source_index: Tensor, text_index: Tensor | None, tokens: Tensor | None, scale: float | None, starts, add: bool,
+    grad_text: Tensor | None, grad_weight: Tensor | None, grad_features, fresh: bool = False,
+) -> None:  # fmt: skip
+    """Every gradient row is the row of `grad` that came from it (for the embedding weight: the sum of them), or zero."""
+    count, dim = source_index.numel(), grad.shape[-1]
+    wanted = [(first, out) for first, out in zip(starts, grad_features) if out is not None and out.numel()]
+    text_rows = grad_text.numel() // dim if grad_text is not None and dim else 0
+    if not dim or (not wanted and not text_rows and (grad_weight is None or not grad_weight.numel())):
+        return
+    if not count:
+        for out in (grad_text, grad_weight, *(out for _, out in wanted)):
+            if out is not None:
+                out.zero_()
+        return
+    read = entry(grad)
+    width = unit(read.stride0, read.stride1)
+    strides = (read.width, read.stride0 // width, read.stride1 // width, read.column)
+    constants = (width, read.width > 0, read.column != 1)
+    feature_rows = max((first + out.numel() // dim for first, out in wanted), default=0)
+    summed = add and text_index is not None
+    copied = add and text_index is None  # row r of the text is row r of the output
+    block, warps = row_shape(dim)
+    with on_device_of(grad):
+        noted = text_rows if not copied else 0
+        inverse = torch.full((feature_rows + noted,), -1, dtype=torch.int32, device=grad.device) if feature_rows + noted else None
+        row_of_feature = inverse[:feature_rows] if feature_rows else None
+        row_of_token = inverse[feature_rows:] if noted else None
+        vocabulary = grad_weight.shape[0] if grad_weight is not None else 0
+        ids = torch.empty(count, dtype=torch.int32, device=grad.device) if vocabulary else None
+        if inverse is not None or ids is not None:
+            span = 64 if INTERPRETED.value else 1024
+            inverse_kernel[(triton.cdiv(count, span),)](
+                source_index, text_index, tokens, row_of_feature, row_of_token, ids,
+                count, feature_rows, noted, tokens.numel() if tokens is not None else 0, vocabulary, add, span, num_warps=4,
+            )  # fmt: skip
+        if wanted or text_rows:
+            _gather(grad, row_of_feature, row_of_token, text_index, grad_text, wanted, count, text_rows, dim, strides, constants, summed, block, warps)
+        if vocabulary:
+            order_of = torch.sort(ids, stable=True)
+            begins = torch.searchsorted(order_of.values, torch.arange(vocabulary + 1, dtype=torch.int32, device=grad.device))
+            wide = tl.float64 if torch.float64 in (grad.dtype, grad_weight.dtype) else tl.float32
+            columns = min(block, 1024)
+            weight_kernel[(vocabulary, triton.cdiv(dim, columns))](
+                grad, order_of.indices, begins, grad_weight, _scale_bits(scale, grad_weight.dtype), *strides,
+                dim, columns, *constants, scale is not None, wide, num_warps=max(1, columns // 512), enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+def _gather(grad, row_of_feature, row_of_token, text_index, grad_text, wanted, count, text_rows, dim, strides, constants, summed, block, warps):
+    first, direct, table, aligned, dtypes, entries = 0, None, None, False, 0, len(wanted)
+    total = sum(out.numel() // dim for _, out in wanted)
+    if entries == 1:
+        first, direct = wanted[0]
+    elif entries:
+        begins, listed = 0, []
+        for start, out in wanted:
+            # `first` is the number among the rows to write, `width` the number of the feature row
+            listed.append(entry(out.view(-1, dim), begins)._replace(width=start))
+            begins += out.numel() // dim
+        packed: Rows = pack(listed, grad)
+        table, aligned, dtypes = packed.table, packed.ALIGNED, packed.DTYPES
+    doubles = {grad.dtype, grad_text.dtype} if summed and grad_text is not None else set()
+    gather_kernel[(text_rows + total,)](
+        grad, row_of_feature, row_of_token, text_index, grad_text if text_rows else None, direct, table,
+        count, text_rows, first, entries, *strides, dim, block, *constants,
+        aligned, dtypes, summed, tl.float64 if torch.float64 in doubles else tl.float32, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
