@@ -6,9 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := demo,test
 
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f -name '[!.]*')
-CODE := vlm_fuse tests examples benchmarks setup.py
-RUFF := ruff==0.14.0
-CLANG_FORMAT := clang-format==21.1.2
+LINT := pre-commit==4.7.0
 
 # only a PYTHON from the command line counts: one in the environment was hardly meant for us
 ifeq ($(origin PYTHON),command line)
@@ -19,7 +17,7 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench info native lint format clean
+.PHONY: help demo test bench info native lint clean
 
 help:
 	@echo "make demo    the main job on real pictures and text: checks, a table, a picture in out/"
@@ -27,7 +25,7 @@ help:
 	@echo "make bench   benchmarks, written to benchmarks/results/"
 	@echo "make info    versions, and every backend with the reason why it is or is not there"
 	@echo "make native  compile csrc/ again in place, only what changed"
-	@echo "make lint    ruff and clang-format, changing nothing;  make format: the same, mending"
+	@echo "make lint    ruff, clang-format and the project's own patterns, on all tracked files"
 	@echo "make clean   remove what a build leaves;  rm -r .venv removes the environment"
 
 demo: $(READY)
@@ -39,13 +37,25 @@ test: $(READY)
 info: $(READY)
 	@$(PYTHON) -m vlm_fuse info
 
+bench: $(READY)
+	@$(PYTHON) -m benchmarks $(ARGS)
+
 native: $(READY)
 	$(PYTHON) setup.py build_ext --inplace
 	@test -z "$(READY)" || touch $(STAMP)
 
+lint: $(VENV)/.lint
+	@$(VENV)/bin/pre-commit run --all-files
+
+$(VENV)/.lint: Makefile | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(LINT)
+	@touch $@
+
+$(VENV)/bin/python:
+	$(BASE_PYTHON) -m venv $(VENV)
+
 # one command, so that the constraint settles torch before anything else asks for it
-$(STAMP): $(SOURCES)
-	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+$(STAMP): $(SOURCES) | $(VENV)/bin/python
 	@echo "Installing into $(VENV). The first time this takes a minute or two, most of it for torch."
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt torch \
 		pybind11 ninja setuptools --editable '.[$(EXTRAS)]'
