@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Callable
 
 import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines for every call
 
 
 def transient_bytes(run: Callable[[], Any], device: str = "cpu") -> int:

@@ -1,0 +1,128 @@
+"""A run's results as files: JSON with every round, a Markdown table, a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.targets import TRANSIENT_PER_TOKEN, Reached
+from benchmarks.timing import Times
+
+PAGES = {"default": "THP_MEM_ALLOC_ENABLE unset", "huge": "THP_MEM_ALLOC_ENABLE=1"}
+
+
+def cells(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a contestant: its times, its ratio to the base, GB/s of the base's bytes, transient bytes a token."""
+    times = Times(result["times"])
+    rows = []
+    for name in result["times"]:
+        row = times.row(name, result["base"])
+        row.update(contestant=name, gbs=result["base_bytes"] / (row["ms"] * 1e6))
+        transient = result.get("transient", {}).get(name)
+        row["transient"] = None if transient is None else transient / max(result["tokens"], 1)
+        rows.append(row)
+    return rows
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one table a batch and operation, the page conditions side by side."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["batch"], result["operation"]), {})[result["pages"]] = result
+    lines, batch_before = [], None
+    for (batch, operation), by_pages in groups.items():
+        first = next(iter(by_pages.values()))
+        if batch != batch_before:
+            shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in first["shares"].items())
+            lines += ["", f"## {batch}", "", f"{first['tokens']} tokens: {shares}."]
+            batch_before = batch
+        lines += ["", f"### {operation}", ""]
+        refused = [f"{result['refused']} ({PAGES[pages]})" for pages, result in by_pages.items() if "refused" in result]
+        lines += [f"**Refused:** {reason}" for reason in refused]
+        shown = {pages: {row["contestant"]: row for row in cells(result)}
+                 for pages, result in by_pages.items() if "times" in result}
+        if not shown:
+            continue
+        lines.append(f"Ratios are to {first['base']}, which moves {first['base_bytes'] / 1e6:.1f} MB.")
+        heads = "".join(f" ms, {pages} pages | ratio (p20 to p80) | GB/s |" for pages in shown)
+        lines += ["", f"| contestant |{heads} transient B a token |"]
+        lines.append("| --- |" + " --- | --- | --- |" * len(shown) + " --- |")
+        for name in next(iter(shown.values())):
+            line = f"| {name} |"
+            for rows in shown.values():
+                row = rows[name]
+                line += (f" {_digits(row['ms'])} | {_digits(row['ratio'])} ({_digits(row['ratio_p20'])} to "
+                         f"{_digits(row['ratio_p80'])}) | {row['gbs']:.1f} |")
+            transient = next(iter(shown.values()))[name]["transient"]
+            lines.append(line + (" |" if transient is None else f" {transient:.0f} |"))
+    return "\n".join(lines)
+
+
+def targets_table(reached: list[Reached]) -> str:
+    """Markdown: every target that the run measured."""
+    lines = ["| target | batch | pages | must | aim | measured (p20 to p80) | reached |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for item in reached:
+        t = item.target
+        sign = ">=" if t.at_least else "<="
+        lines.append(
+            f"| {t.text} | {t.batch} | {t.pages} | {sign} {t.must:g} | {sign} {t.aim:g} | {_digits(item.value)} "
+            f"({_digits(item.spread[0])} to {_digits(item.spread[1])}) | {item.verdict} |")
+    return "\n".join(lines)
+
+
+def transient_note(results: list[dict[str, Any]], ours: str) -> str | None:
+    """The most that our own calls held beyond their results, in bytes a token."""
+    most = max(((r["transient"][ours] / max(r["tokens"], 1), r) for r in results if ours in r.get("transient", {})),
+               key=lambda pair: pair[0], default=None)
+    if most is None:
+        return None
+    verdict = "reached" if most[0] < TRANSIENT_PER_TOKEN else "MISSED"
+    return (f"Transient memory of {ours}, beyond what it returns: at most {most[0]:.0f} bytes a token "
+            f"({most[1]['operation']}, {most[1]['batch']}); target under {TRANSIENT_PER_TOKEN}: {verdict}.")
+
+
+def environment_table(environment: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in environment.items())
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the ratio to a plain copy, one panel a batch and operation where others compete."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = [r for r in results if len(r.get("times", {})) > 3]
+    if not chosen:
+        return
+    columns = min(3, len(chosen))
+    lines = -(-len(chosen) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.2 * columns, 2.9 * lines), squeeze=False)
+    for axis in axes.flat[len(chosen) :]:
+        axis.set_visible(False)
+    for axis, result in zip(axes.flat, chosen):
+        rows = cells(result)
+        names = [row["contestant"] for row in rows]
+        colors = ["#c8553d" if name.startswith("vlm_fuse") else "#9aa5b1" if name == result["base"] else "#52606d" for name in names]
+        bars = axis.barh(names, [row["ratio"] for row in rows], color=colors)
+        axis.bar_label(bars, [f" {_digits(row['ratio'])}" for row in rows], fontsize=8)
+        axis.axvline(1, color="#9aa5b1", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.margins(x=0.25)
+        axis.invert_yaxis()
+        axis.set_title(f"{result['operation']}: {result['batch']}\n{result['pages']} pages", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel(f"time over {result['base']}", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _digits(value: float) -> str:
+    """Three figures that mean something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
