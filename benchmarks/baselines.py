@@ -25,9 +25,7 @@ def hf_masked_scatter(input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Te
     return inputs_embeds.masked_scatter(mask, image_embeds.to(inputs_embeds.dtype))
 
 
-def hf_masked_scatter_expanded(
-    input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Tensor, image_token_id: int
-) -> Tensor:
+def hf_masked_scatter_expanded(input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Tensor, image_token_id: int) -> Tensor:
     """The same with the mask expanded to the hidden size, as about 24 modules have it."""
     mask = (input_ids == image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
     return inputs_embeds.masked_scatter(mask, image_embeds.to(inputs_embeds.dtype))
@@ -81,9 +79,7 @@ def cumsum_index_copy(input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Te
     return flat.index_copy(0, rows[:count], image_embeds.to(flat.dtype)).view_as(inputs_embeds)
 
 
-def nonzero_static_index_copy(
-    input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Tensor, image_token_id: int
-) -> Tensor:
+def nonzero_static_index_copy(input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Tensor, image_token_id: int) -> Tensor:
     """Rows of the placeholders by nonzero_static, whose size the features tell, then index_copy; no host read.
 
     Source: NVIDIA-NeMo Automodel pull request 3751.
@@ -126,8 +122,7 @@ def nanovlm_in_place(input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Ten
 
 def hf_in_place(input_ids: Tensor, inputs_embeds: Tensor, image_embeds: Tensor, image_token_id: int) -> Tensor:
     """masked_scatter_ into the given embeddings, as vLLM does it."""
-    return inputs_embeds.masked_scatter_(
-        (input_ids == image_token_id).unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
+    return inputs_embeds.masked_scatter_((input_ids == image_token_id).unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
 
 
 IN_PLACE = {"hf": hf_in_place, "nanovlm": nanovlm_in_place}
@@ -163,9 +158,7 @@ def remove_padding(
     return merged[mask].unsqueeze(0), positions.unsqueeze(0), cu_seqlens
 
 
-def images_first_concat(
-    inputs_embeds: Tensor, image_embeds: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def images_first_concat(inputs_embeds: Tensor, image_embeds: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Legacy: torch.cat of image and padded text; with left padding the pad tokens stand between the two.
 
     image_embeds: ``(B, P, D)``. Returns (B, P + T, D) and its attention mask.

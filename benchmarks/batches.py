@@ -58,8 +58,9 @@ def random_rows(*shape: int, dtype: torch.dtype, device: torch.device | str = "c
     return out.view(*shape)
 
 
-def runs(name: str, rows: int, length: int, hidden: int, dtype: torch.dtype, *, share: float | None = 0.5, run: int = 64,
-         vocab_size: int = 49152) -> Batch:
+def runs(
+    name: str, rows: int, length: int, hidden: int, dtype: torch.dtype, *, share: float | None = 0.5, run: int = 64, vocab_size: int = 49152
+) -> Batch:
     """A batch without padding: runs of placeholders and of text in turn, so that `share` of the tokens are image.
 
     share: None for one single image row in the whole batch.
@@ -78,9 +79,18 @@ def runs(name: str, rows: int, length: int, hidden: int, dtype: torch.dtype, *, 
     sizes = (run,) * (count // run) + ((count % run,) if count % run else ())
     fraction = count / ids.numel()
     return Batch(
-        name, ids, None, None, ids.masked_fill(image, -100), random_rows(rows, length, hidden, dtype=dtype),
-        random_rows(count, hidden, dtype=dtype, seed=1), vocab_size, sizes, vocab_size + 1,
-        {"image": fraction, "text": 1 - fraction, "padding": 0.0})
+        name,
+        ids,
+        None,
+        None,
+        ids.masked_fill(image, -100),
+        random_rows(rows, length, hidden, dtype=dtype),
+        random_rows(count, hidden, dtype=dtype, seed=1),
+        vocab_size,
+        sizes,
+        vocab_size + 1,
+        {"image": fraction, "text": 1 - fraction, "padding": 0.0},
+    )
 
 
 def load(name: str, description: Load, dtype: torch.dtype = torch.bfloat16) -> Batch:
@@ -106,10 +116,18 @@ def load(name: str, description: Load, dtype: torch.dtype = torch.bfloat16) -> B
         image = 1 - scale
         shares = {"image": image, "text": (shares["text"] + shares["image"]) * scale, "padding": shares["padding"] * scale}
     return Batch(
-        name, torch.from_numpy(made.input_ids), torch.from_numpy(made.attention_mask),
-        None if made.document_ids is None else torch.from_numpy(made.document_ids), torch.from_numpy(made.labels),
-        random_rows(rows, length, hidden, dtype=dtype), random_rows(made.rows, hidden, dtype=dtype, seed=1),
-        preset.image_token_id, tuple(made.image_sizes.tolist()), preset.vocab_size, shares)
+        name,
+        torch.from_numpy(made.input_ids),
+        torch.from_numpy(made.attention_mask),
+        None if made.document_ids is None else torch.from_numpy(made.document_ids),
+        torch.from_numpy(made.labels),
+        random_rows(rows, length, hidden, dtype=dtype),
+        random_rows(made.rows, hidden, dtype=dtype, seed=1),
+        preset.image_token_id,
+        tuple(made.image_sizes.tolist()),
+        preset.vocab_size,
+        shares,
+    )
 
 
 def case_a() -> Batch:
@@ -122,6 +140,12 @@ def case_b() -> Batch:
 
 def case_c() -> Batch:
     return runs("C (2,1024,960) fp32", 2, 1024, 960, torch.float32)
+
+
+def of_size(mebibytes: int) -> Batch:
+    """bf16 rows of D = 4096, half of them image: 8, 64 and 512 MiB of output."""
+    rows, length = {8: (1, 1024), 64: (4, 2048), 512: (8, 8192)}[mebibytes]
+    return runs(f"G{mebibytes} ({rows},{length},4096) bf16", rows, length, 4096, torch.bfloat16)
 
 
 def loads(*groups: str) -> dict[str, Load]:

@@ -69,12 +69,15 @@ def _realistic(packing: bool) -> list[Callable]:
 
 def _share(share: float | None) -> Group:
     label = "one image row" if share is None else f"{100 * share:.0f} % image"
-    return (f"share {label}", lambda: batches.runs(f"S (4,2048,960) fp32, {label}", 4, 2048, 960, FP32, share=share),
-            [operations.forward_into, lambda batch: operations.forward(batch, FEW)])
+    return (
+        f"share {label}",
+        lambda: batches.runs(f"S (4,2048,960) fp32, {label}", 4, 2048, 960, FP32, share=share),
+        [operations.forward_into, lambda batch: operations.forward(batch, FEW)],
+    )
 
 
 def _load(group: str, name: str, description) -> Group:
-    made = lambda: batches.load(name, description)  # noqa: E731
+    made = lambda: batches.load(name, description)
     if group == "legacy":
         return f"{group} {name}", made, [operations.images_first]
     if group == "large":
@@ -82,12 +85,30 @@ def _load(group: str, name: str, description) -> Group:
     return f"{group} {name}", made, _realistic(packing=not description.packed)
 
 
-def groups(quick: bool, compiled) -> list[Group]:
+def _sizes() -> list[Group]:
+    """Outputs of three sizes, for the share of a GPU's copy speed."""
+    return [
+        (f"size {mebibytes} MiB", lambda mebibytes=mebibytes: batches.of_size(mebibytes), [operations.forward_into, operations.backward_into])
+        for mebibytes in (8, 64, 512)
+    ]
+
+
+def groups(quick: bool, compiled, device: str) -> list[Group]:
     """Everything that is measured, in order."""
     if quick:
         return [
-            ("case C", batches.case_c, [operations.forward_into, operations.forward, operations.backward_into,
-                                        operations.forward_backward, operations.in_place, operations.fused]),
+            (
+                "case C",
+                batches.case_c,
+                [
+                    operations.forward_into,
+                    operations.forward,
+                    operations.backward_into,
+                    operations.forward_backward,
+                    operations.in_place,
+                    operations.fused,
+                ],
+            ),
             *(_load("small", name, description) for name, description in batches.loads("small").items()),
             ("legacy", *_load("legacy", *next(iter(batches.loads("legacy").items())))[1:]),
         ]
@@ -98,20 +119,24 @@ def groups(quick: bool, compiled) -> list[Group]:
         lambda batch: operations.converted(batch, FP32, FP32, BF16),
     ]
     return [
+        *(_sizes() if device == "cuda" else []),
         ("case A", batches.case_a, _shared(compiled)),
         ("case B", batches.case_b, [*_shared(compiled), *conversions]),
         ("case C", batches.case_c, [operations.forward_into, operations.forward, operations.forward_backward]),
         *(_share(share) for share in IMAGE_SHARES),
-        *(_load(group, name, description) for group in ("small", "main", "large", "legacy")
-          for name, description in batches.loads(group).items()),
+        *(_load(group, name, description) for group in ("small", "main", "large", "legacy") for name, description in batches.loads(group).items()),
     ]
 
 
 def measure(operation: operations.Operation, batch: batches.Batch, budget: float, device: str, least: int) -> dict[str, Any]:
     """One operation on one batch, checked, timed, its transient memory taken."""
     result: dict[str, Any] = {
-        "operation": operation.name, "batch": batch.name, "tokens": batch.tokens, "shares": batch.shares,
-        "base": operation.base, "base_bytes": operation.base_bytes,
+        "operation": operation.name,
+        "batch": batch.name,
+        "tokens": batch.tokens,
+        "shares": batch.shares,
+        "base": operation.base,
+        "base_bytes": operation.base_bytes,
     }
     try:
         operations.verify(operation)
@@ -135,7 +160,7 @@ def _try_compile(device: str) -> tuple[Any, str | None]:
 
 def worker(arguments: argparse.Namespace, compiled) -> Iterator[dict[str, Any]]:
     """Measure in this process, as its environment says."""
-    chosen = [group for group in groups(arguments.quick, compiled) if arguments.only in group[0]]
+    chosen = [group for group in groups(arguments.quick, compiled, arguments.device) if arguments.only in group[0]]
     progress = _progress(sum(len(group[2]) for group in chosen), arguments.pages)
     stop = time.monotonic() + arguments.limit
     for name, make, makers in chosen:
@@ -216,8 +241,16 @@ def write_report(folder: Path, runs: dict[str, dict[str, Any]]) -> tuple[str, bo
     text = ["# merge, measured", "", *(f"- {note}" for note in notes), ""]
     for pages, run in runs.items():
         text += [f"**{report.PAGES.get(pages, pages)}**", "", report.environment_table(run["environment"]), ""]
-    text += ["Medians of interleaved rounds; a ratio is the median of the ratios within a round. GB/s counts the bytes that",
-             "the copy reads and writes.", "", "## Targets", "", *summary, report.results_table(measured), ""]
+    text += [
+        "Medians of interleaved rounds; a ratio is the median of the ratios within a round. GB/s counts the bytes that",
+        "the copy reads and writes.",
+        "",
+        "## Targets",
+        "",
+        *summary,
+        report.results_table(measured),
+        "",
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(folder / "results.json", runs)
     (folder / "results.md").write_text("\n".join(text))
@@ -244,8 +277,18 @@ def main() -> int:
     if arguments.write:
         _write_worker(arguments)
         return 0
-    rest = ["--device", arguments.device, "--only", arguments.only, "--budget", str(arguments.budget),
-            "--limit", str(arguments.limit), "--threads", str(arguments.threads)]
+    rest = [
+        "--device",
+        arguments.device,
+        "--only",
+        arguments.only,
+        "--budget",
+        str(arguments.budget),
+        "--limit",
+        str(arguments.limit),
+        "--threads",
+        str(arguments.threads),
+    ]
     rest += ["--quick"] if arguments.quick else []
     conditions = {"both": ("default", "huge")}.get(arguments.pages, (arguments.pages,))
     conditions = ("gpu",) if arguments.device == "cuda" else conditions

@@ -19,11 +19,11 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import vlm_fuse
-from vlm_fuse import autograd
 
+import vlm_fuse
 from benchmarks import baselines, report
 from benchmarks.timing import Contestant, Times, busy_note, environment, short_rounds
+from vlm_fuse import autograd
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES, LENGTH, HIDDEN, VOCABULARY, IMAGE = 2, 16, 32, 64, 60
@@ -43,9 +43,14 @@ class Limit(NamedTuple):
 
 #: a merge is measured in two layouts; its limits hold for both.
 LIMITS = [
-    Limit(ROW_OP, "forward", 1), Limit(ROW_OP, "with backward", 4),
-    Limit(READY, "forward", 6), Limit(READY, "with gradient", 6 + 2), Limit(READY, "with backward", 6 + 6),
-    Limit(WHOLE, "forward", 13), Limit(WHOLE, "with gradient", 13 + 2), Limit(WHOLE, "with backward", 13 + 6),
+    Limit(ROW_OP, "forward", 1),
+    Limit(ROW_OP, "with backward", 4),
+    Limit(READY, "forward", 6),
+    Limit(READY, "with gradient", 6 + 2),
+    Limit(READY, "with backward", 6 + 6),
+    Limit(WHOLE, "forward", 13),
+    Limit(WHOLE, "with gradient", 13 + 2),
+    Limit(WHOLE, "with backward", 13 + 6),
 ]
 
 
@@ -66,9 +71,14 @@ def tiny(device: str) -> Tiny:
     ids[:, 2:6] = IMAGE
     mask = torch.ones(SAMPLES, LENGTH, dtype=torch.bool)
     mask[1, -3:] = False
-    made = Tiny(ids, mask, ids.clone(), torch.randn(SAMPLES, LENGTH, HIDDEN, generator=rng),
-                torch.randn(int((ids == IMAGE).sum()), HIDDEN, generator=rng),
-                torch.randn(VOCABULARY, HIDDEN, generator=rng))
+    made = Tiny(
+        ids,
+        mask,
+        ids.clone(),
+        torch.randn(SAMPLES, LENGTH, HIDDEN, generator=rng),
+        torch.randn(int((ids == IMAGE).sum()), HIDDEN, generator=rng),
+        torch.randn(VOCABULARY, HIDDEN, generator=rng),
+    )
     return Tiny(*(tensor.to(device) for tensor in made))
 
 
@@ -95,12 +105,9 @@ def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch
     for layout in ("keep", "packed"):
         given = dict(attention_mask=batch.attention_mask, labels=batch.labels, layout=layout)
         ready = vlm_fuse.plan(ids, image_token_id=IMAGE, **given)
-        made[f"{READY}, {layout}"] = (
-            lambda ready=ready: read_all(vlm_fuse.merge(ids, text, features, plan=ready)), both)
-        made[f"{WHOLE}, {layout}"] = (
-            lambda given=given: read_all(vlm_fuse.merge(ids, text, features, image_token_id=IMAGE, **given)), both)
-    made["merge, rows alone"] = (
-        lambda: vlm_fuse.merge(ids, text, features, image_token_id=IMAGE).inputs_embeds, both)
+        made[f"{READY}, {layout}"] = (lambda ready=ready: read_all(vlm_fuse.merge(ids, text, features, plan=ready)), both)
+        made[f"{WHOLE}, {layout}"] = (lambda given=given: read_all(vlm_fuse.merge(ids, text, features, image_token_id=IMAGE, **given)), both)
+    made["merge, rows alone"] = (lambda: vlm_fuse.merge(ids, text, features, image_token_id=IMAGE).inputs_embeds, both)
     return made
 
 
@@ -113,15 +120,15 @@ def measure(mode: str, device: str, rounds: int, repeats: int) -> Times:
     for name, (call, inputs) in calls(batch, text, features, weight).items():
         if mode == "with backward":
             grad = torch.ones_like(call())
-            contestants.append(Contestant(name, lambda call=call, inputs=inputs, grad=grad: torch.autograd.grad(
-                call(), inputs, grad)))
+            contestants.append(Contestant(name, lambda call=call, inputs=inputs, grad=grad: torch.autograd.grad(call(), inputs, grad)))
         else:
             contestants.append(Contestant(name, call))
     check(contestants, mode)
     gc.collect()
     gc.disable()
     try:
-        return short_rounds(contestants, rounds=rounds, calls=repeats)
+        settle = torch.cuda.synchronize if device == "cuda" else lambda: None
+        return short_rounds(contestants, rounds=rounds, calls=repeats, settle=settle)
     finally:
         gc.enable()
 
@@ -161,8 +168,16 @@ def verdicts(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, An
         for name, row in found[limit.mode].items():
             if name == limit.contestant or name in (f"{limit.contestant}, keep", f"{limit.contestant}, packed"):
                 value = row["p10_difference_us"]
-                made.append(dict(contestant=name, mode=limit.mode, at_most_us=limit.at_most, measured_us=value,
-                                 median_us=row["median_difference_us"], reached=value <= limit.at_most))
+                made.append(
+                    dict(
+                        contestant=name,
+                        mode=limit.mode,
+                        at_most_us=limit.at_most,
+                        measured_us=value,
+                        median_us=row["median_difference_us"],
+                        reached=value <= limit.at_most,
+                    )
+                )
     return made
 
 
@@ -170,14 +185,20 @@ def tables(found: dict[str, dict[str, dict[str, float]]], judged: list[dict[str,
     lines = ["| us, 10th percentile (median) |" + "".join(f" {mode} | beyond F.embedding |" for mode in MODES)]
     lines.append("| --- |" + " --- | --- |" * len(MODES))
     for name in found["forward"]:
-        cells = "".join(f" {row['p10_us']:.2f} ({row['median_us']:.2f}) | {row['p10_difference_us']:+.2f} |"
-                        for row in (found[mode][name] for mode in MODES))
+        cells = "".join(
+            f" {row['p10_us']:.2f} ({row['median_us']:.2f}) | {row['p10_difference_us']:+.2f} |" for row in (found[mode][name] for mode in MODES)
+        )
         lines.append(f"| {name} |{cells}")
-    lines += ["", "| limit: us beyond F.embedding | mode | at most | measured, 10th percentile (median) | reached |",
-              "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "",
+        "| limit: us beyond F.embedding | mode | at most | measured, 10th percentile (median) | reached |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for row in judged:
-        lines.append(f"| {row['contestant']} | {row['mode']} | {row['at_most_us']:g} | {row['measured_us']:.2f} "
-                     f"({row['median_us']:.2f}) | {'yes' if row['reached'] else 'MISSED'} |")
+        lines.append(
+            f"| {row['contestant']} | {row['mode']} | {row['at_most_us']:g} | {row['measured_us']:.2f} "
+            f"({row['median_us']:.2f}) | {'yes' if row['reached'] else 'MISSED'} |"
+        )
     return "\n".join(lines)
 
 
@@ -196,14 +217,28 @@ def main() -> int:
     judged = verdicts(found)
     text = tables(found, judged)
     surroundings = environment(arguments.device)
-    folder = Path(arguments.out) if arguments.out else RESULTS / (
-        arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}")
+    folder = Path(arguments.out) if arguments.out else RESULTS / (arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}")
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(folder / "overhead.json", {
-        "environment": surroundings, "busy": note, "summary": found, "limits": judged,
-        "rounds": {mode: times.times for mode, times in timed.items()}})
-    heading = ["# Host cost of an eager call", "", f"{SAMPLES} samples of {LENGTH} tokens, D = {HIDDEN}, one thread.", "",
-               *([f"- {note}", ""] if note else []), report.environment_table(surroundings), "", ""]
+    report.write_json(
+        folder / "overhead.json",
+        {
+            "environment": surroundings,
+            "busy": note,
+            "summary": found,
+            "limits": judged,
+            "rounds": {mode: times.times for mode, times in timed.items()},
+        },
+    )
+    heading = [
+        "# Host cost of an eager call",
+        "",
+        f"{SAMPLES} samples of {LENGTH} tokens, D = {HIDDEN}, one thread.",
+        "",
+        *([f"- {note}", ""] if note else []),
+        report.environment_table(surroundings),
+        "",
+        "",
+    ]
     (folder / "overhead.md").write_text("\n".join(heading) + text + "\n")
     print(*([note] if note else []), text, f"\nWritten to {folder}", sep="\n")
     return 0

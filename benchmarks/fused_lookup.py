@@ -48,13 +48,14 @@ def real_tokens(input_ids: Tensor, image_token_id: int, image_sizes: list[int], 
     return ids, starts + vocab_size, sizes, starts
 
 
-def fused_lookup(ids: Tensor, weight: Tensor, image_embeds: Tensor, first_ids: Tensor, sizes: Tensor, starts: Tensor,
-                 out: Tensor | None = None) -> Tensor:
+def fused_lookup(
+    ids: Tensor, weight: Tensor, image_embeds: Tensor, first_ids: Tensor, sizes: Tensor, starts: Tensor, out: Tensor | None = None
+) -> Tensor:
     """Rows (B, T, D) for the ids of `real_tokens`; no gradient."""
     hidden = weight.shape[1]
     if out is None:
         out = weight.new_empty(*ids.shape, hidden)
     _lookup[(ids.numel(), 1 + sizes.numel())](
-        ids, weight, image_embeds, out, first_ids, sizes, starts, weight.shape[0], hidden,
-        BLOCK=triton.next_power_of_2(hidden), num_warps=4)
+        ids, weight, image_embeds, out, first_ids, sizes, starts, weight.shape[0], hidden, BLOCK=triton.next_power_of_2(hidden), num_warps=4
+    )
     return out

@@ -127,25 +127,22 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "cauldron_64": Distribution(_CAULDRON_TEXT, _with_images(_CAULDRON_IMAGES, _one(64), (1, 0)), 1024, 8),
     "cauldron_tiles": Distribution(_CAULDRON_TEXT, _with_images(_CAULDRON_IMAGES, _TILES, (1, 0)), 4096, 8),
     "finevision_tiles": Distribution(_FINEVISION_TEXT, _with_images(_FINEVISION_IMAGES, _TILES, (1, 0)), 4096, 8),
-    "finevision_native": Distribution(
-        _FINEVISION_TEXT, _with_images(_FINEVISION_IMAGES, LogNormal(300, 0.8, 4, 1280), (1, 1)), 8192, 4),
+    "finevision_native": Distribution(_FINEVISION_TEXT, _with_images(_FINEVISION_IMAGES, LogNormal(300, 0.8, 4, 1280), (1, 1)), 8192, 4),
     "finevision_gemma": Distribution(_FINEVISION_TEXT, _with_images(_FINEVISION_IMAGES, _one(256), (2, 2)), 8192, 8),
     "finevision_internvl": Distribution(_FINEVISION_TEXT, _with_images(_FINEVISION_IMAGES, _INTERNVL, (1, 1)), 16384, 4),
-    "llava_665k": Distribution(
-        LogNormal(180, 0.9, 16, 4096), _with_images({0: 0.06, 1: 0.94}, _one(576), (0, 0)), 2048, 16),
-    "m4": Distribution(
-        LogNormal(100, 0.8, 8, 4096),
-        _with_images({1: 0.26, 2: 0.24, 4: 0.15, 8: 0.20, 16: 0.15}, _one(256), (1, 1)), 16384, 4),
+    "llava_665k": Distribution(LogNormal(180, 0.9, 16, 4096), _with_images({0: 0.06, 1: 0.94}, _one(576), (0, 0)), 2048, 16),
+    "m4": Distribution(LogNormal(100, 0.8, 8, 4096), _with_images({1: 0.26, 2: 0.24, 4: 0.15, 8: 0.20, 16: 0.15}, _one(256), (1, 1)), 16384, 4),
     # an image: its low-res view and its crops, two runs with a start and an end mark each, 1180 tokens in all
     "molmo2_video": Distribution(
         LogNormal(300, 1.0, 16, 4096),
-        (Contents(0.47, 1, Frames(16, 128, 81), (7, 1)),
-         Contents(0.43, 1, Choice(((1.0, (196, 980)),)), (1, 1)),
-         Contents(0.10, 0, None)), 16384, 2),
+        (Contents(0.47, 1, Frames(16, 128, 81), (7, 1)), Contents(0.43, 1, Choice(((1.0, (196, 980)),)), (1, 1)), Contents(0.10, 0, None)),
+        16384,
+        2,
+    ),
     # Pixtral: a run for every line of patches, a break mark behind each
     "finevision_lines": Distribution(
-        _FINEVISION_TEXT,
-        _with_images(_FINEVISION_IMAGES, Choice(tuple((0.25, (55,) * n) for n in (13, 27, 41, 55))), (0, 1)), 16384, 4),
+        _FINEVISION_TEXT, _with_images(_FINEVISION_IMAGES, Choice(tuple((0.25, (55,) * n) for n in (13, 27, 41, 55))), (0, 1)), 16384, 4
+    ),
     # nanoVLM v0.1: 49 rows of image before at most 79 tokens of text, no placeholders in the text
     "legacy_49": Distribution(LogNormal(60, 0.6, 8, 79), _with_images({1: 1.0}, _one(49), (0, 0)), 128, 256),
 }
@@ -245,8 +242,7 @@ def _text(count: int, preset: Preset, rng: np.random.Generator) -> np.ndarray:
     return low + np.minimum(rank, ordinary - low) - 1
 
 
-def padded(samples: list[Sample], preset: Preset, *, length: int | None, seed: int, side: str = "right",
-           pad_token_id: int = 0) -> TokenBatch:
+def padded(samples: list[Sample], preset: Preset, *, length: int | None, seed: int, side: str = "right", pad_token_id: int = 0) -> TokenBatch:
     """One sample a row, padded on one side.
 
     Args:

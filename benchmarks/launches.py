@@ -1,6 +1,6 @@
 """Kernels launched and host reads made by one call on a GPU, counted by torch.profiler.
 
-    python -m benchmarks.launches
+python -m benchmarks.launches
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import sys
 from typing import Callable
 
 import torch
-import vlm_fuse
 from torch.profiler import ProfilerActivity, profile
 
+import vlm_fuse
 from benchmarks import baselines, batches
 
 #: how a wait of the host shows in the profile.
@@ -47,12 +47,10 @@ def calls() -> dict[str, Callable]:
     }
     packed = dict(image_token_id=token, attention_mask=mask, layout="packed", labels=ids)
     made = {
-        "merge, packed, width known, all facts read": lambda: _read(vlm_fuse.merge(
-            ids, text, features, length=ids.numel(), **packed)),
+        "merge, packed, width known, all facts read": lambda: _read(vlm_fuse.merge(ids, text, features, length=ids.numel(), **packed)),
         "merge, packed": lambda: _read(vlm_fuse.merge(ids, text, features, **packed)),
     }
-    for name, call in {**ours, **{name: lambda merge=merge: merge(ids, text, features, token)
-                                  for name, merge in baselines.MERGES.items()}}.items():
+    for name, call in {**ours, **{name: lambda merge=merge: merge(ids, text, features, token) for name, merge in baselines.MERGES.items()}}.items():
         inputs = (weight, features) if "fused" in name else (text, features)
         made[name] = call
         made[f"{name}, with backward"] = lambda call=call, inputs=inputs: torch.autograd.grad(call(), inputs, grad)

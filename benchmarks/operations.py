@@ -10,13 +10,13 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import vlm_fuse
 from torch import Tensor
-from vlm_fuse import backend as vlm_backend
 
+import vlm_fuse
 from benchmarks import baselines
 from benchmarks.batches import Batch, random_rows
 from benchmarks.timing import Contestant
+from vlm_fuse import backend as vlm_backend
 
 OURS = "vlm_fuse"
 PLANNED = "vlm_fuse, ready plan"
@@ -57,25 +57,25 @@ def verify(operation: Operation) -> None:
             if not same:
                 raise WrongResult(
                     f"{operation.name}: {contestant.name} returns another result {index}: "
-                    f"{a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}")
+                    f"{a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}"
+                )
 
 
 def _merge(batch: Batch, text: Tensor | None = None, features: Tensor | None = None, **options) -> Tensor:
     text = batch.text if text is None else text
     features = batch.features if features is None else features
-    return vlm_fuse.merge(
-        batch.input_ids, text, features, image_token_id=batch.image_token_id, **options).inputs_embeds
+    return vlm_fuse.merge(batch.input_ids, text, features, image_token_id=batch.image_token_id, **options).inputs_embeds
 
 
 def _plan(batch: Batch, **options):
-    return vlm_fuse.plan(batch.input_ids, image_token_id=batch.image_token_id,
-                         image_sizes=list(batch.image_sizes) or None, **options)
+    return vlm_fuse.plan(batch.input_ids, image_token_id=batch.image_token_id, image_sizes=list(batch.image_sizes) or None, **options)
 
 
 def _merged(batch: Batch, text: Tensor | None = None, features: Tensor | None = None) -> Tensor:
     """The expected rows, by boolean index."""
-    return baselines.nanovlm(batch.input_ids, batch.text if text is None else text,
-                             batch.features if features is None else features, batch.image_token_id)
+    return baselines.nanovlm(
+        batch.input_ids, batch.text if text is None else text, batch.features if features is None else features, batch.image_token_id
+    )
 
 
 def _others(batch: Batch, names: tuple[str, ...], compiled=None) -> dict[str, Callable]:
@@ -83,8 +83,7 @@ def _others(batch: Batch, names: tuple[str, ...], compiled=None) -> dict[str, Ca
     chosen = {name: baselines.MERGES[name] for name in names}
     if compiled is not None:
         chosen["torch.compile"] = compiled
-    return {name: lambda text, features, merge=merge: merge(batch.input_ids, text, features, batch.image_token_id)
-            for name, merge in chosen.items()}
+    return {name: lambda text, features, merge=merge: merge(batch.input_ids, text, features, batch.image_token_id) for name, merge in chosen.items()}
 
 
 ALL = tuple(name for name in baselines.MERGES if name != "hf expanded")
@@ -94,13 +93,19 @@ def forward_into(batch: Batch) -> Operation:
     """Output preallocated. Others cannot write there: only the copy beside us."""
     out = torch.empty_like(batch.text)
     plan = _plan(batch)
-    poison = lambda: out.view(-1)[:1].fill_(float("nan"))  # noqa: E731
+    poison = lambda: out.view(-1)[:1].fill_(float("nan"))
     return Operation(
-        "forward, out given", "copy_", 2 * batch.out_bytes,
-        [Contestant("copy_", lambda: out.copy_(batch.text)),
-         Contestant(OURS, lambda: _merge(batch, out=out), poison),
-         Contestant(PLANNED, lambda: _merge(batch, out=out, plan=plan), poison)],
-        lambda: (_merged(batch),), ("copy_",))
+        "forward, out given",
+        "copy_",
+        2 * batch.out_bytes,
+        [
+            Contestant("copy_", lambda: out.copy_(batch.text)),
+            Contestant(OURS, lambda: _merge(batch, out=out), poison),
+            Contestant(PLANNED, lambda: _merge(batch, out=out, plan=plan), poison),
+        ],
+        lambda: (_merged(batch),),
+        ("copy_",),
+    )
 
 
 def forward(batch: Batch, names: tuple[str, ...] = ALL, compiled=None) -> Operation:
@@ -133,10 +138,11 @@ def backward_into(batch: Batch, text_frozen: bool = False) -> Operation:
         kernels.rows_backward(*given, None if text_frozen else grad_text, None, [grad_features], False)
         return (grad_features,) if text_frozen else (grad_text, grad_features)
 
-    expected = lambda: _gradients_expected(batch, grad)[1 if text_frozen else 0 :]  # noqa: E731
+    expected = lambda: _gradients_expected(batch, grad)[1 if text_frozen else 0 :]
     name = "backward, text frozen, gradients given" if text_frozen else "backward, gradients given"
-    return Operation(name, "copy_", 2 * batch.out_bytes,
-                     [Contestant("copy_", lambda: copied.copy_(grad)), Contestant(OURS, ours)], expected, ("copy_",))
+    return Operation(
+        name, "copy_", 2 * batch.out_bytes, [Contestant("copy_", lambda: copied.copy_(grad)), Contestant(OURS, ours)], expected, ("copy_",)
+    )
 
 
 def backward(batch: Batch, names: tuple[str, ...] = ALL) -> Operation:
@@ -147,10 +153,8 @@ def backward(batch: Batch, names: tuple[str, ...] = ALL) -> Operation:
     contestants = [Contestant("clone", grad.clone)]
     for name, merge in merges.items():
         out = merge(text, features)
-        contestants.append(Contestant(
-            name, lambda out=out: torch.autograd.grad(out, (text, features), grad, retain_graph=True)))
-    return Operation("backward", "clone", 2 * batch.out_bytes, contestants,
-                     lambda: _gradients_expected(batch, grad), ("clone",))
+        contestants.append(Contestant(name, lambda out=out: torch.autograd.grad(out, (text, features), grad, retain_graph=True)))
+    return Operation("backward", "clone", 2 * batch.out_bytes, contestants, lambda: _gradients_expected(batch, grad), ("clone",))
 
 
 def forward_backward(batch: Batch, names: tuple[str, ...] = ALL, compiled=None) -> Operation:
@@ -170,8 +174,14 @@ def forward_backward(batch: Batch, names: tuple[str, ...] = ALL, compiled=None) 
 
     contestants = [Contestant("two clones", lambda: (batch.text.clone(), grad.clone()))]
     contestants += [Contestant(name, lambda merge=merge: both(merge)) for name, merge in merges.items()]
-    return Operation("forward + backward", "two clones", 4 * batch.out_bytes, contestants,
-                     lambda: (_merged(batch), *_gradients_expected(batch, grad)), ("two clones",))
+    return Operation(
+        "forward + backward",
+        "two clones",
+        4 * batch.out_bytes,
+        contestants,
+        lambda: (_merged(batch), *_gradients_expected(batch, grad)),
+        ("two clones",),
+    )
 
 
 def in_place(batch: Batch) -> Operation:
@@ -185,10 +195,15 @@ def in_place(batch: Batch) -> Operation:
         Contestant(PLANNED, lambda: _merge(batch, texts[PLANNED], out=texts[PLANNED], plan=plan)),
     ]
     for name, merge in baselines.IN_PLACE.items():
-        contestants.append(Contestant(name, lambda name=name, merge=merge: merge(
-            batch.input_ids, texts[name], batch.features, batch.image_token_id)))
-    return Operation("in place", "copy_ of image rows", 2 * batch.features.numel() * batch.features.element_size(),
-                     contestants, lambda: (_merged(batch),), ("copy_ of image rows",))
+        contestants.append(Contestant(name, lambda name=name, merge=merge: merge(batch.input_ids, texts[name], batch.features, batch.image_token_id)))
+    return Operation(
+        "in place",
+        "copy_ of image rows",
+        2 * batch.features.numel() * batch.features.element_size(),
+        contestants,
+        lambda: (_merged(batch),),
+        ("copy_ of image rows",),
+    )
 
 
 def _embedded(batch: Batch, weight: Tensor) -> Tensor:
@@ -200,23 +215,26 @@ def fused_into(batch: Batch) -> Operation:
     weight = batch.weight()
     out = torch.empty_like(batch.text)
     plan = _plan(batch)
-    poison = lambda: out.view(-1)[:1].fill_(float("nan"))  # noqa: E731
-    call = lambda **more: vlm_fuse.merge(  # noqa: E731
-        batch.input_ids, None, batch.features, image_token_id=batch.image_token_id, weight=weight, out=out, **more
-    ).inputs_embeds
+    poison = lambda: out.view(-1)[:1].fill_(float("nan"))
+    call = lambda **more: (
+        vlm_fuse.merge(batch.input_ids, None, batch.features, image_token_id=batch.image_token_id, weight=weight, out=out, **more).inputs_embeds
+    )
     return Operation(
-        "fused embedding, out given", "copy_", 2 * batch.out_bytes,
-        [Contestant("copy_", lambda: out.copy_(batch.text)),
-         Contestant(OURS, call, poison),
-         Contestant(PLANNED, lambda: call(plan=plan), poison)],
-        lambda: (_merged(batch, _embedded(batch, weight)),), ("copy_",))
+        "fused embedding, out given",
+        "copy_",
+        2 * batch.out_bytes,
+        [Contestant("copy_", lambda: out.copy_(batch.text)), Contestant(OURS, call, poison), Contestant(PLANNED, lambda: call(plan=plan), poison)],
+        lambda: (_merged(batch, _embedded(batch, weight)),),
+        ("copy_",),
+    )
 
 
 def fused(batch: Batch, names: tuple[str, ...] = ("hf", "hf checked", "nanovlm")) -> Operation:
     """Lookup and merge: ours in one pass, the others after F.embedding."""
     weight = batch.weight()
-    ours = lambda **more: vlm_fuse.merge(  # noqa: E731
-        batch.input_ids, None, batch.features, image_token_id=batch.image_token_id, weight=weight, **more).inputs_embeds
+    ours = lambda **more: (
+        vlm_fuse.merge(batch.input_ids, None, batch.features, image_token_id=batch.image_token_id, weight=weight, **more).inputs_embeds
+    )
     plan = _plan(batch)
     contestants = [
         Contestant("clone", batch.text.clone),
@@ -226,11 +244,20 @@ def fused(batch: Batch, names: tuple[str, ...] = ("hf", "hf checked", "nanovlm")
     ]
     for name in names:
         merge = baselines.MERGES[name]
-        contestants.append(Contestant(f"F.embedding, {name}", lambda merge=merge: baselines.embed_then(
-            merge, batch.input_ids, weight, batch.features, batch.image_token_id)))
+        contestants.append(
+            Contestant(
+                f"F.embedding, {name}", lambda merge=merge: baselines.embed_then(merge, batch.input_ids, weight, batch.features, batch.image_token_id)
+            )
+        )
     contestants += _fused_lookup(batch, weight)
-    return Operation("fused embedding", "clone", 2 * batch.out_bytes, contestants,
-                     lambda: (_merged(batch, _embedded(batch, weight)),), ("clone", "F.embedding alone"))
+    return Operation(
+        "fused embedding",
+        "clone",
+        2 * batch.out_bytes,
+        contestants,
+        lambda: (_merged(batch, _embedded(batch, weight)),),
+        ("clone", "F.embedding alone"),
+    )
 
 
 def _fused_lookup(batch: Batch, weight: Tensor) -> list[Contestant]:
@@ -239,8 +266,7 @@ def _fused_lookup(batch: Batch, weight: Tensor) -> list[Contestant]:
         return []
     from benchmarks import fused_lookup
 
-    ids, *tables = fused_lookup.real_tokens(
-        batch.input_ids, batch.image_token_id, list(batch.image_sizes), weight.shape[0])
+    ids, *tables = fused_lookup.real_tokens(batch.input_ids, batch.image_token_id, list(batch.image_sizes), weight.shape[0])
     return [Contestant("LightLLM-like", lambda: fused_lookup.fused_lookup(ids, weight, batch.features, *tables))]
 
 
@@ -252,20 +278,26 @@ def fused_gradient(batch: Batch, names: tuple[str, ...] = ("hf", "nanovlm")) -> 
     ours = vlm_fuse.merge(batch.input_ids, None, features, image_token_id=batch.image_token_id, weight=weight).inputs_embeds
     outs = {OURS: ours}
     for name in names:
-        outs[f"F.embedding, {name}"] = baselines.embed_then(
-            baselines.MERGES[name], batch.input_ids, weight, features, batch.image_token_id)
+        outs[f"F.embedding, {name}"] = baselines.embed_then(baselines.MERGES[name], batch.input_ids, weight, features, batch.image_token_id)
     contestants = [
         Contestant("clone and zeros", lambda: (grad.clone(), torch.zeros_like(weight, requires_grad=False))),
-        Contestant("F.embedding backward alone", lambda: torch.ops.aten.embedding_dense_backward(
-            grad, batch.input_ids.clamp(max=weight.shape[0] - 1), weight.shape[0], -1, False)),
+        Contestant(
+            "F.embedding backward alone",
+            lambda: torch.ops.aten.embedding_dense_backward(grad, batch.input_ids.clamp(max=weight.shape[0] - 1), weight.shape[0], -1, False),
+        ),
     ]
     contestants += [
-        Contestant(name, lambda out=out: torch.autograd.grad(out, (weight, features), grad, retain_graph=True))
-        for name, out in outs.items()]
+        Contestant(name, lambda out=out: torch.autograd.grad(out, (weight, features), grad, retain_graph=True)) for name, out in outs.items()
+    ]
     return Operation(
-        "fused embedding, backward", "clone and zeros", 2 * batch.out_bytes + weight.numel() * weight.element_size(),
-        contestants, lambda: _table_gradients(batch, grad, weight), ("clone and zeros", "F.embedding backward alone"),
-        tuple(name for name in outs if name != OURS))
+        "fused embedding, backward",
+        "clone and zeros",
+        2 * batch.out_bytes + weight.numel() * weight.element_size(),
+        contestants,
+        lambda: _table_gradients(batch, grad, weight),
+        ("clone and zeros", "F.embedding backward alone"),
+        tuple(name for name in outs if name != OURS),
+    )
 
 
 def _table_gradients(batch: Batch, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,8 +317,8 @@ def packed(batch: Batch, names: tuple[str, ...] = ("hf checked", "nanovlm")) -> 
 
     def ours(**more):
         merged = vlm_fuse.merge(
-            batch.input_ids, batch.text, batch.features, image_token_id=batch.image_token_id,
-            **(more or dict(attention_mask=mask, layout="packed")))
+            batch.input_ids, batch.text, batch.features, image_token_id=batch.image_token_id, **(more or dict(attention_mask=mask, layout="packed"))
+        )
         return merged.inputs_embeds, merged.position_ids, merged.cu_seqlens
 
     contestants = [
@@ -296,12 +328,14 @@ def packed(batch: Batch, names: tuple[str, ...] = ("hf checked", "nanovlm")) -> 
     ]
     for name in names:
         merge = baselines.MERGES[name]
-        contestants.append(Contestant(f"{name}, boolean index", lambda merge=merge: baselines.remove_padding(
-            merge, batch.input_ids, batch.text, batch.features, batch.image_token_id, mask)))
-    expected = lambda: baselines.remove_padding(  # noqa: E731
-        baselines.nanovlm, batch.input_ids, batch.text, batch.features, batch.image_token_id, mask)
-    return Operation("packed", "clone of kept rows", 2 * kept.numel() * kept.element_size(), contestants, expected,
-                     ("clone of kept rows",))
+        contestants.append(
+            Contestant(
+                f"{name}, boolean index",
+                lambda merge=merge: baselines.remove_padding(merge, batch.input_ids, batch.text, batch.features, batch.image_token_id, mask),
+            )
+        )
+    expected = lambda: baselines.remove_padding(baselines.nanovlm, batch.input_ids, batch.text, batch.features, batch.image_token_id, mask)
+    return Operation("packed", "clone of kept rows", 2 * kept.numel() * kept.element_size(), contestants, expected, ("clone of kept rows",))
 
 
 def converted(batch: Batch, text_dtype: torch.dtype, features_dtype: torch.dtype, out_dtype: torch.dtype) -> Operation:
@@ -309,13 +343,15 @@ def converted(batch: Batch, text_dtype: torch.dtype, features_dtype: torch.dtype
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     text, features = batch.text.to(text_dtype), batch.features.to(features_dtype)
     plain, out = batch.text.to(out_dtype), torch.empty(batch.text.shape, dtype=out_dtype, device=batch.text.device)
-    poison = lambda: out.view(-1)[:1].fill_(float("nan"))  # noqa: E731
+    poison = lambda: out.view(-1)[:1].fill_(float("nan"))
     return Operation(
-        f"text {short[text_dtype]}, image {short[features_dtype]} to {short[out_dtype]}, out given", "copy_",
+        f"text {short[text_dtype]}, image {short[features_dtype]} to {short[out_dtype]}, out given",
+        "copy_",
         2 * out.numel() * out.element_size(),
-        [Contestant("copy_", lambda: out.copy_(plain)),
-         Contestant(OURS, lambda: _merge(batch, text, features, out=out), poison)],
-        lambda: (_merged(batch, text.to(out_dtype), features.to(out_dtype)),), ("copy_",))
+        [Contestant("copy_", lambda: out.copy_(plain)), Contestant(OURS, lambda: _merge(batch, text, features, out=out), poison)],
+        lambda: (_merged(batch, text.to(out_dtype), features.to(out_dtype)),),
+        ("copy_",),
+    )
 
 
 def images_first(batch: Batch) -> Operation:
@@ -324,17 +360,28 @@ def images_first(batch: Batch) -> Operation:
     images = batch.features.view(count, -1, batch.features.shape[-1])
 
     def ours():
-        merged = vlm_fuse.merge(batch.input_ids, batch.text, images, scheme="images_first", layout="padded",
-                                attention_mask=batch.attention_mask, padding_side="left",
-                                length=batch.input_ids.shape[1] + images.shape[1])
+        merged = vlm_fuse.merge(
+            batch.input_ids,
+            batch.text,
+            images,
+            scheme="images_first",
+            layout="padded",
+            attention_mask=batch.attention_mask,
+            padding_side="left",
+            length=batch.input_ids.shape[1] + images.shape[1],
+        )
         return merged.inputs_embeds, merged.attention_mask
 
-    concat = lambda: baselines.images_first_concat(batch.text, images, batch.attention_mask)  # noqa: E731
+    concat = lambda: baselines.images_first_concat(batch.text, images, batch.attention_mask)
     rows = concat()[0]
     return Operation(
-        "images first", "clone", 2 * rows.numel() * rows.element_size(),
+        "images first",
+        "clone",
+        2 * rows.numel() * rows.element_size(),
         [Contestant("clone", rows.clone), Contestant("torch.cat, padding between", concat), Contestant(OURS, ours)],
-        lambda: _images_first_by_sample(batch, images), ("clone", "torch.cat, padding between"))
+        lambda: _images_first_by_sample(batch, images),
+        ("clone", "torch.cat, padding between"),
+    )
 
 
 def _images_first_by_sample(batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:

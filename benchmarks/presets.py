@@ -32,8 +32,7 @@ class Preset(NamedTuple):
 
 
 def _evidence(hidden_size, vocab_size, heads, image_rows, image_token_id, length):
-    return dict(hidden_size=hidden_size, vocab_size=vocab_size, heads=heads, image_rows=image_rows,
-                image_token_id=image_token_id, length=length)
+    return dict(hidden_size=hidden_size, vocab_size=vocab_size, heads=heads, image_rows=image_rows, image_token_id=image_token_id, length=length)
 
 
 _NO_MARKS = ((), ())
@@ -42,53 +41,42 @@ _VISION = ((151652,), (151653,))  # <|vision_start|>, <|vision_end|>
 _GEMMA = ((108, 255999), (256000, 108))  # blank line, begin; end, blank line
 
 PRESETS: dict[str, Preset] = {
-    "nanovlm-222m": Preset(576, 49152, (9, 3, 64), (49, 49), None, None, _NO_MARKS, 128, 256,
-                           _evidence("c", "c", "c", "=", "c", "c")),
-    "nanovlm-230m": Preset(576, 49218, (9, 3, 64), (64, 1088), 49152, None, _TILE_TAG, 8192, 2,
-                           _evidence("m", "m", "m", "m", "m", "m")),
-    "nanovlm-450m": Preset(960, 49218, (15, 5, 64), (832, 1088), 49152, None, _TILE_TAG, 4096, 2,
-                           _evidence("c", "c", "c", "=", "c", "c")),
-    "smolvlm2-256m": Preset(576, 49280, (9, 3, 64), (64, 1088), 49190, None, ((49189,), ()), 7000, 4,
-                            _evidence("m", "c", "m", "=", "c", "c")),
-    "smolvlm2-500m": Preset(960, 49280, (15, 5, 64), (64, 1088), 49190, None, ((49189,), ()), 7000, 4,
-                            _evidence("m", "c", "m", "=", "c", "c")),
-    "smolvlm2-2.2b": Preset(2048, 49280, (32, 32, 64), (81, 1377), 49190, None, ((49189,), ()), 7000, 4,
-                            _evidence("m", "c", "m", "=", "c", "c")),
-    "llava-1.5-7b": Preset(4096, 32064, (32, 32, 128), (576, 576), 32000, None, _NO_MARKS, 2048, 16,
-                           _evidence("m", "m", "m", "d", "d", "c")),
-    "llava-onevision-7b": Preset(3584, 152064, (28, 4, 128), (729, 7371), 151646, 151647, _NO_MARKS, 32768, 1,
-                                 _evidence("c", "c", "c", "=", "d", "c")),
-    "llava-onevision-1.5-8b": Preset(4096, 151936, (32, 8, 128), (576, 1280), 151655, 151656, _VISION, 32768, 1,
-                                     _evidence("m", "c", "c", "m", "c", "c")),
-    "qwen2.5-vl-3b": Preset(2048, 151936, (16, 2, 128), (576, 1280), 151655, 151656, _VISION, 8192, 4,
-                            _evidence("c", "m", "c m m", "c d", "d", "c")),
-    "qwen2.5-vl-7b": Preset(3584, 152064, (28, 4, 128), (576, 1280), 151655, 151656, _VISION, 4096, 2,
-                            _evidence("c", "c", "c", "c d", "d", "c")),
-    "qwen2.5-vl-72b": Preset(8192, 152064, (64, 8, 128), (576, 1280), 151655, 151656, _VISION, 4096, 2,
-                             _evidence("d", "d", "d", "c d", "d", "c")),
-    "qwen3-vl-4b": Preset(2560, 151936, (32, 8, 128), (300, 1280), 151655, 151656, _VISION, 8192, 4,
-                          _evidence("c", "c", "c", "=", "d", "c")),
-    "qwen3-vl-8b": Preset(4096, 151936, (32, 8, 128), (300, 1280), 151655, 151656, _VISION, 8192, 4,
-                          _evidence("c", "c", "c", "=", "d", "c")),
-    "gemma3-4b": Preset(2560, 262208, (8, 4, 256), (256, 1280), 262144, None, _GEMMA, 8192, 8,
-                        _evidence("c", "d", "c", "d", "d", "m")),
-    "gemma3-12b": Preset(3840, 262208, (16, 8, 256), (256, 1280), 262144, None, _GEMMA, 8192, 8,
-                         _evidence("c", "d", "c", "d", "d", "m")),
-    "internvl3-8b": Preset(3584, 151674, (28, 4, 128), (1792, 3328), 151667, None, ((151665,), (151666,)), 16384, 4,
-                           _evidence("c", "m", "c", "=", "d", "c")),
-    "internvl3.5-8b": Preset(4096, 151936, (32, 8, 128), (1792, 3328), 151671, None, ((151669,), (151670,)), 16384, 4,
-                             _evidence("c", "c", "c", "c", "c", "c")),
+    "nanovlm-222m": Preset(576, 49152, (9, 3, 64), (49, 49), None, None, _NO_MARKS, 128, 256, _evidence("c", "c", "c", "=", "c", "c")),
+    "nanovlm-230m": Preset(576, 49218, (9, 3, 64), (64, 1088), 49152, None, _TILE_TAG, 8192, 2, _evidence("m", "m", "m", "m", "m", "m")),
+    "nanovlm-450m": Preset(960, 49218, (15, 5, 64), (832, 1088), 49152, None, _TILE_TAG, 4096, 2, _evidence("c", "c", "c", "=", "c", "c")),
+    "smolvlm2-256m": Preset(576, 49280, (9, 3, 64), (64, 1088), 49190, None, ((49189,), ()), 7000, 4, _evidence("m", "c", "m", "=", "c", "c")),
+    "smolvlm2-500m": Preset(960, 49280, (15, 5, 64), (64, 1088), 49190, None, ((49189,), ()), 7000, 4, _evidence("m", "c", "m", "=", "c", "c")),
+    "smolvlm2-2.2b": Preset(2048, 49280, (32, 32, 64), (81, 1377), 49190, None, ((49189,), ()), 7000, 4, _evidence("m", "c", "m", "=", "c", "c")),
+    "llava-1.5-7b": Preset(4096, 32064, (32, 32, 128), (576, 576), 32000, None, _NO_MARKS, 2048, 16, _evidence("m", "m", "m", "d", "d", "c")),
+    "llava-onevision-7b": Preset(
+        3584, 152064, (28, 4, 128), (729, 7371), 151646, 151647, _NO_MARKS, 32768, 1, _evidence("c", "c", "c", "=", "d", "c")
+    ),
+    "llava-onevision-1.5-8b": Preset(
+        4096, 151936, (32, 8, 128), (576, 1280), 151655, 151656, _VISION, 32768, 1, _evidence("m", "c", "c", "m", "c", "c")
+    ),
+    "qwen2.5-vl-3b": Preset(2048, 151936, (16, 2, 128), (576, 1280), 151655, 151656, _VISION, 8192, 4, _evidence("c", "m", "c m m", "c d", "d", "c")),
+    "qwen2.5-vl-7b": Preset(3584, 152064, (28, 4, 128), (576, 1280), 151655, 151656, _VISION, 4096, 2, _evidence("c", "c", "c", "c d", "d", "c")),
+    "qwen2.5-vl-72b": Preset(8192, 152064, (64, 8, 128), (576, 1280), 151655, 151656, _VISION, 4096, 2, _evidence("d", "d", "d", "c d", "d", "c")),
+    "qwen3-vl-4b": Preset(2560, 151936, (32, 8, 128), (300, 1280), 151655, 151656, _VISION, 8192, 4, _evidence("c", "c", "c", "=", "d", "c")),
+    "qwen3-vl-8b": Preset(4096, 151936, (32, 8, 128), (300, 1280), 151655, 151656, _VISION, 8192, 4, _evidence("c", "c", "c", "=", "d", "c")),
+    "gemma3-4b": Preset(2560, 262208, (8, 4, 256), (256, 1280), 262144, None, _GEMMA, 8192, 8, _evidence("c", "d", "c", "d", "d", "m")),
+    "gemma3-12b": Preset(3840, 262208, (16, 8, 256), (256, 1280), 262144, None, _GEMMA, 8192, 8, _evidence("c", "d", "c", "d", "d", "m")),
+    "internvl3-8b": Preset(
+        3584, 151674, (28, 4, 128), (1792, 3328), 151667, None, ((151665,), (151666,)), 16384, 4, _evidence("c", "m", "c", "=", "d", "c")
+    ),
+    "internvl3.5-8b": Preset(
+        4096, 151936, (32, 8, 128), (1792, 3328), 151671, None, ((151669,), (151670,)), 16384, 4, _evidence("c", "c", "c", "c", "c", "c")
+    ),
     # the placeholder equals the table size: it is NOT a row of the table
-    "paligemma2-3b": Preset(2304, 257152, (8, 4, 256), (256, 4096), 257152, None, _NO_MARKS, 768, 8,
-                            _evidence("c", "c", "c", "=", "c", "m")),
-    "pixtral-12b": Preset(5120, 131072, (32, 8, 128), (1024, 4096), 10, None, ((), (12,)), 8192, 1,
-                          _evidence("m", "m", "m", "=", "m", "m")),
-    "mistral-small-3.1": Preset(5120, 131072, (32, 8, 128), (1024, 3025), 10, None, ((), (12,)), 8192, 1,
-                                _evidence("d", "d", "d", "=", "d", "m")),
-    "llama4-scout": Preset(5120, 202048, (40, 8, 128), (144, 2448), 200092, None, ((200080,), (200081,)), 8192, 1,
-                           _evidence("d", "d", "d", "= m", "d", "m")),
-    "molmo2-8b": Preset(4096, 152064, (32, 8, 128), (1180, 1764), 151938, 151938, ((151936,), (151937,)), 16384, 2,
-                        _evidence("d", "d", "d", "d", "d", "c")),
+    "paligemma2-3b": Preset(2304, 257152, (8, 4, 256), (256, 4096), 257152, None, _NO_MARKS, 768, 8, _evidence("c", "c", "c", "=", "c", "m")),
+    "pixtral-12b": Preset(5120, 131072, (32, 8, 128), (1024, 4096), 10, None, ((), (12,)), 8192, 1, _evidence("m", "m", "m", "=", "m", "m")),
+    "mistral-small-3.1": Preset(5120, 131072, (32, 8, 128), (1024, 3025), 10, None, ((), (12,)), 8192, 1, _evidence("d", "d", "d", "=", "d", "m")),
+    "llama4-scout": Preset(
+        5120, 202048, (40, 8, 128), (144, 2448), 200092, None, ((200080,), (200081,)), 8192, 1, _evidence("d", "d", "d", "= m", "d", "m")
+    ),
+    "molmo2-8b": Preset(
+        4096, 152064, (32, 8, 128), (1180, 1764), 151938, 151938, ((151936,), (151937,)), 16384, 2, _evidence("d", "d", "d", "d", "d", "c")
+    ),
 }
 
 

@@ -40,8 +40,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
         lines += ["", f"### {operation}", ""]
         refused = [f"{result['refused']} ({PAGES[pages]})" for pages, result in by_pages.items() if "refused" in result]
         lines += [f"**Refused:** {reason}" for reason in refused]
-        shown = {pages: {row["contestant"]: row for row in cells(result)}
-                 for pages, result in by_pages.items() if "times" in result}
+        shown = {pages: {row["contestant"]: row for row in cells(result)} for pages, result in by_pages.items() if "times" in result}
         if not shown:
             continue
         lines.append(f"Ratios are to {first['base']}, which moves {first['base_bytes'] / 1e6:.1f} MB.")
@@ -52,8 +51,10 @@ def results_table(results: list[dict[str, Any]]) -> str:
             line = f"| {name} |"
             for rows in shown.values():
                 row = rows[name]
-                line += (f" {_digits(row['ms'])} | {_digits(row['ratio'])} ({_digits(row['ratio_p20'])} to "
-                         f"{_digits(row['ratio_p80'])}) | {row['gbs']:.1f} |")
+                line += (
+                    f" {_digits(row['ms'])} | {_digits(row['ratio'])} ({_digits(row['ratio_p20'])} to "
+                    f"{_digits(row['ratio_p80'])}) | {row['gbs']:.1f} |"
+                )
             transient = next(iter(shown.values()))[name]["transient"]
             lines.append(line + (" |" if transient is None else f" {transient:.0f} |"))
     return "\n".join(lines)
@@ -67,19 +68,23 @@ def targets_table(reached: list[Reached]) -> str:
         sign = ">=" if t.at_least else "<="
         lines.append(
             f"| {t.text} | {t.batch} | {t.pages} | {sign} {t.must:g} | {sign} {t.aim:g} | {_digits(item.value)} "
-            f"({_digits(item.spread[0])} to {_digits(item.spread[1])}) | {item.verdict} |")
+            f"({_digits(item.spread[0])} to {_digits(item.spread[1])}) | {item.verdict} |"
+        )
     return "\n".join(lines)
 
 
 def transient_note(results: list[dict[str, Any]], ours: str) -> str | None:
     """The most that our own calls held beyond their results, in bytes a token."""
-    most = max(((r["transient"][ours] / max(r["tokens"], 1), r) for r in results if ours in r.get("transient", {})),
-               key=lambda pair: pair[0], default=None)
+    most = max(
+        ((r["transient"][ours] / max(r["tokens"], 1), r) for r in results if ours in r.get("transient", {})), key=lambda pair: pair[0], default=None
+    )
     if most is None:
         return None
     verdict = "reached" if most[0] < TRANSIENT_PER_TOKEN else "MISSED"
-    return (f"Transient memory of {ours}, beyond what it returns: at most {most[0]:.0f} bytes a token "
-            f"({most[1]['operation']}, {most[1]['batch']}); target under {TRANSIENT_PER_TOKEN}: {verdict}.")
+    return (
+        f"Transient memory of {ours}, beyond what it returns: at most {most[0]:.0f} bytes a token "
+        f"({most[1]['operation']}, {most[1]['batch']}); target under {TRANSIENT_PER_TOKEN}: {verdict}."
+    )
 
 
 def environment_table(environment: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Every kernel once or more on small batches, for compute-sanitizer to watch; results are compared with the reference.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+compute-sanitizer --tool memcheck python -m benchmarks.sanitize
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+
 import vlm_fuse
 
 IMAGE = 99
@@ -33,15 +34,34 @@ def outputs(tensors: tuple[torch.Tensor, ...], backend: str) -> list[torch.Tenso
         for combine in ("replace", "add"):
             text, features = text.detach().requires_grad_(), features.detach().requires_grad_()
             merged = vlm_fuse.merge(
-                ids, text, features, image_token_id=IMAGE, attention_mask=mask, labels=labels, layout=layout, combine=combine,
-                attend=vlm_fuse.Attend(window=8, images="bidirectional_windowed"), backend=backend)
+                ids,
+                text,
+                features,
+                image_token_id=IMAGE,
+                attention_mask=mask,
+                labels=labels,
+                layout=layout,
+                combine=combine,
+                attend=vlm_fuse.Attend(window=8, images="bidirectional_windowed"),
+                backend=backend,
+            )
             rows = merged.inputs_embeds
             found += [rows.detach(), *torch.autograd.grad(rows, (text, features), torch.ones_like(rows))]
-        found += [merged.position_ids, merged.document_ids, merged.image_ids, merged.kind_ids, merged.attention_mask,
-                  merged.labels, merged.cu_seqlens, merged.kv_lo, merged.kv_hi]
+        found += [
+            merged.position_ids,
+            merged.document_ids,
+            merged.image_ids,
+            merged.kind_ids,
+            merged.attention_mask,
+            merged.labels,
+            merged.cu_seqlens,
+            merged.kv_lo,
+            merged.kv_hi,
+        ]
         weight, features = weight.detach().requires_grad_(), features.detach().requires_grad_()
-        rows = vlm_fuse.merge(ids, None, features, image_token_id=IMAGE, weight=weight, embed_scale=1.5, attention_mask=mask,
-                              layout=layout, backend=backend).inputs_embeds
+        rows = vlm_fuse.merge(
+            ids, None, features, image_token_id=IMAGE, weight=weight, embed_scale=1.5, attention_mask=mask, layout=layout, backend=backend
+        ).inputs_embeds
         found += [rows.detach(), *torch.autograd.grad(rows, (weight, features), torch.ones_like(rows))]
     written = text.detach().clone()
     vlm_fuse.merge(ids, written, features.detach(), image_token_id=IMAGE, out=written, backend=backend)
@@ -50,8 +70,9 @@ def outputs(tensors: tuple[torch.Tensor, ...], backend: str) -> list[torch.Tenso
 
 def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends = [name for name, info in vlm_fuse.backends().items()
-                if info.available and name != "reference" and (not info.devices or device in info.devices)]
+    backends = [
+        name for name, info in vlm_fuse.backends().items() if info.available and name != "reference" and (not info.devices or device in info.devices)
+    ]
     wrong = 0
     for hidden, dtype in ((64, torch.bfloat16), (33, torch.float32), (8, torch.float16)):
         tensors = batch(hidden, dtype, device)

@@ -140,8 +140,11 @@ class _Cuda:
         return start.elapsed_time(stop) / 1e3
 
 
-def short_rounds(contestants: list[Contestant], *, rounds: int, calls: int) -> Times:
-    """Host time of one call, for functions of microseconds: each round makes `calls` calls of every contestant."""
+def short_rounds(contestants: list[Contestant], *, rounds: int, calls: int, settle: Callable[[], None] = lambda: None) -> Times:
+    """Host time of one call, for functions of microseconds: each round makes `calls` calls of every contestant.
+
+    settle: called untimed before each; on a GPU a synchronisation, so that no one waits for another's queue.
+    """
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     order, shuffle = list(contestants), random.Random(0).shuffle
     for contestant in contestants:
@@ -152,6 +155,7 @@ def short_rounds(contestants: list[Contestant], *, rounds: int, calls: int) -> T
         shuffle(order)
         for contestant in order:
             run, repeats = contestant.run, range(calls)
+            settle()
             started = clock()
             for _ in repeats:
                 run()
@@ -210,8 +214,7 @@ def _commit() -> str | None:
     try:
         here = os.path.dirname(os.path.abspath(__file__))
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True)
         return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None

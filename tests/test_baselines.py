@@ -108,9 +108,7 @@ def test_real_tokens_number_the_placeholders():
     assert first_ids.tolist() == [40, 42, 43] and starts.tolist() == [0, 2, 3] and sizes.tolist() == [2, 1, 2]
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a GPU or TRITON_INTERPRET=1")
+@pytest.mark.skipif(not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1")
 def test_fused_lookup_equals_loop():
     lookup = pytest.importorskip("benchmarks.fused_lookup")
     device = "cuda" if torch.cuda.is_available() else "cpu"
