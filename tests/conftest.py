@@ -1,0 +1,74 @@
+"""Backends present, poisoned allocations, and what hypothesis may spend."""
+
+import os
+
+import torch
+
+# Triton decides between its interpreter and a GPU when it is imported, so the choice stands before anything imports it.
+# Tests that compile ahead of time start a process of their own without it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
+import pytest
+import vlm_fuse
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("search", parent=hypothesis.settings.get_profile("suite"), derandomize=False, max_examples=2000)
+hypothesis.settings.load_profile("suite")
+
+BACKENDS = [name for name, info in vlm_fuse.backends().items() if info.available]
+
+
+def _devices(name: str) -> list[str]:
+    served = vlm_fuse.backends()[name].devices
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ["cpu"]
+    there = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [device for device in there if not served or device in served]
+
+
+def pytest_report_header(config):
+    return [f"vlm_fuse backend {name}: {'yes' if info.available else 'no'}: {info.reason}" for name, info in vlm_fuse.backends().items()]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request) -> str:
+    """Every backend that is here, by name."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def device(backend) -> str:
+    """A device that the backend serves: its GPU where there is one."""
+    return _devices(backend)[-1] if backend != "reference" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(request):
+    """Memory that nobody has written holds NaN (the largest number for integers), so that an unwritten row shows."""
+    if request.node.get_closest_marker("no_poison"):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def no_flag_left_behind():
+    """An error flagged asynchronously in one test must not reach the next."""
+    yield
+    try:
+        vlm_fuse.raise_errors()
+    except (ValueError, IndexError):
+        pass

@@ -1,0 +1,178 @@
+"""The token plan against the loops of oracle.py: where every row comes from and what is known about it."""
+
+import pytest
+import torch
+import vlm_fuse
+from cases import BY_NAME, SPECIAL, cases
+from checking import assert_bits, examples, merge
+from hypothesis import given
+
+FACTS = {
+    "source_index": (torch.int32, "source_index"),
+    "text_index": (torch.int32, "token"),
+    "position_ids": (torch.int64, "position"),
+    "document_ids": (torch.int32, "document"),
+    "image_ids": (torch.int32, "image"),
+    "kind_ids": (torch.int8, "kind"),
+    "attention_mask": (torch.bool, "kept"),
+}
+
+
+def expected(answer, name, lines) -> torch.Tensor:
+    dtype, attribute = FACTS[name]
+    return torch.tensor(answer.fact(attribute), dtype=dtype).view(lines, answer.width)
+
+
+def check_plan(plan, case):
+    answer = case.answer()
+    lines = 1 if case.given.layout == "packed" else len(case.given.tokens)
+    for name in FACTS:
+        assert_bits(getattr(plan, name), expected(answer, name, lines), name)
+    if case.given.labels is None:
+        assert plan.labels is None
+    else:
+        labels = torch.tensor(answer.fact("label"), dtype=case.label_dtype).view(lines, answer.width)
+        assert_bits(plan.labels, labels, "labels")
+    assert_bits(plan.cu_seqlens, torch.tensor(answer.cu_seqlens, dtype=torch.int32), "cu_seqlens")
+    assert plan.max_seqlen == answer.max_seqlen
+    assert isinstance(plan.max_seqlen, int)
+
+
+def rows_are_told(case) -> bool:
+    """Whether plan() alone, without a tensor of rows, can know where each kind's rows begin."""
+    for kind in case.given.kinds[:-1]:
+        told = kind.sizes is not None or kind.counts is not None
+        if not told and case.flat_tokens.count(kind.token) != kind.rows:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.name)
+def test_plan_of_merge(case, backend, device):
+    check_plan(merge(case.tensors(device=device), backend).plan, case)
+
+
+@pytest.mark.parametrize("case", [case for case in SPECIAL if rows_are_told(case)], ids=lambda case: case.name)
+def test_plan_made_ahead(case, backend, device):
+    plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
+    check_plan(plan, case)
+
+
+def test_plan_of_random_batches(backend, device):
+    @examples(backend)
+    @given(cases())
+    def check(case):
+        check_plan(merge(case.tensors(device=device), backend).plan, case)
+
+    check()
+
+
+def test_plan_made_ahead_of_random_batches(backend, device):
+    @examples(backend)
+    @given(cases().filter(rows_are_told))
+    def check(case):
+        plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
+        check_plan(plan, case)
+
+    check()
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_attention_mask_of_any_integer_dtype(mask_dtype, backend, device):
+    case = BY_NAME["packed_holes"]
+    arguments = case.settings(device) | case.kinds_for_plan(device)
+    # any nonzero value is a token, also one whose low bits are zero
+    value = 1 if mask_dtype in (torch.bool, torch.uint8, torch.int8) else 256
+    arguments["attention_mask"] = arguments["attention_mask"].mul(value).to(mask_dtype)
+    check_plan(vlm_fuse.plan(case.input_ids(device), backend=backend, **arguments), case)
+
+
+def test_attention_mask_of_large_and_negative_values(backend, device):
+    case = BY_NAME["packed_holes"]
+    arguments = case.settings(device) | case.kinds_for_plan(device)
+    arguments["attention_mask"] = arguments["attention_mask"] * -(2**40)
+    check_plan(vlm_fuse.plan(case.input_ids(device), backend=backend, **arguments), case)
+
+
+def test_inputs_of_the_plan_may_be_any_views(backend, device):
+    case = BY_NAME["documents_padded"]
+    arguments = case.settings(device) | case.kinds_for_plan(device)
+
+    def strided(tensor):
+        wide = tensor.new_full((tensor.shape[1] * 2, tensor.shape[0]), 1)
+        wide[::2] = tensor.t()
+        return wide[::2].t()
+
+    for name in ("attention_mask", "document_ids", "labels"):
+        arguments[name] = strided(arguments[name])
+    ids = strided(case.input_ids(device))
+    assert not ids.is_contiguous()
+    check_plan(vlm_fuse.plan(ids, backend=backend, **arguments), case)
+
+
+def test_ids_that_differ_only_above_32_bits(backend, device):
+    ids = torch.tensor([[5, 5 + 2**32, 7, 5]], device=device)
+    plan = vlm_fuse.plan(ids, image_token_id=5 + 2**32, backend=backend)
+    assert plan.source_index.tolist() == [[-1, 0, -3, -4]]
+    plan = vlm_fuse.plan(ids.int(), image_token_id=5 + 2**32, backend=backend)
+    assert plan.source_index.tolist() == [[-1, -2, -3, -4]], "an id that int32 cannot hold stands nowhere in int32 ids"
+
+
+def test_tail_is_not_one_document_per_padding_token():
+    """transformers takes every position 0 for a new document: the tail counts on instead."""
+    case = BY_NAME["packed_with_length"]
+    plan = vlm_fuse.plan(case.input_ids(), **case.settings(), **case.kinds_for_plan())
+    kept = sum(plan.attention_mask[0].tolist())
+    assert plan.position_ids[0, kept:].tolist() == list(range(plan.position_ids.shape[1] - kept))
+    assert plan.position_ids[0].eq(0).sum() == len(case.given.tokens) + 1
+
+
+def test_the_plan_of_a_worker_travels():
+    import pickle
+
+    case = BY_NAME["packed_three_kinds"]
+    plan = vlm_fuse.plan(case.input_ids(), **case.settings(), **case.kinds_for_plan())
+    check_plan(pickle.loads(pickle.dumps(plan)), case)
+    check_plan(plan.to("cpu"), case)
+
+
+@pytest.mark.parametrize("name", ["packed_layout", "documents_packed_again", "left_to_right_padded", "documents_in_one_row"])
+def test_fields_do_not_depend_on_the_order_of_asking(name, backend, device):
+    case = BY_NAME[name]
+
+    def made():
+        return vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
+
+    names = [*FACTS, "cu_seqlens", "max_seqlen", "labels", "kv_lo", "kv_hi"]
+    forth, back = made(), made()
+    first = {field: getattr(forth, field) for field in names}
+    second = {field: getattr(back, field) for field in reversed(names)}
+    for field in names:
+        if field == "max_seqlen":
+            assert first[field] == second[field]
+        else:
+            assert_bits(first[field], second[field], field)
+
+
+def test_tensors_changed_in_place_are_noticed(backend):
+    """Fields are made when first read; where the tokens were overwritten by then, the plan refuses instead of telling lies."""
+    case = BY_NAME["packed_layout"]
+    for changed in ("input_ids", "attention_mask", "labels"):
+        arguments = case.settings() | case.kinds_for_plan()
+        ids = case.input_ids()
+        plan = vlm_fuse.plan(ids, backend=backend, **arguments)
+        before = plan.position_ids
+        (ids if changed == "input_ids" else arguments[changed]).fill_(1)
+        assert plan.position_ids is before, "a field that was made stays"
+        try:
+            kinds = plan.kind_ids
+        except RuntimeError as error:
+            assert "changed in place" in str(error)
+        else:
+            assert kinds.tolist() == case.answer().fact("kind")
+
+
+def test_max_documents_pads_cu_seqlens(backend, device):
+    case = BY_NAME["documents_in_one_row"]
+    plan = vlm_fuse.plan(case.input_ids(device), max_documents=6, backend=backend, **case.settings(device), **case.kinds_for_plan(device))
+    assert plan.cu_seqlens.tolist() == [0, 4, 8, 9, 9, 9, 9]
