@@ -91,36 +91,52 @@ def environment_table(environment: dict[str, Any]) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in environment.items())
 
 
+MOST_PANELS = 24
+BARS = {"default": "#52606d", "huge": "#9aa5b1", "gpu": "#52606d"}
+OWN_BARS = {"default": "#b23a1e", "huge": "#e8997f", "gpu": "#b23a1e"}
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the ratio to a plain copy, one panel a batch and operation where others compete."""
+    """Bars of the ratio to a plain copy, one panel a batch and operation where others compete, a bar for each page condition."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    chosen = [r for r in results if len(r.get("times", {})) > 3]
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        if len(result.get("times", {})) > 3 and not result["batch"].startswith("S "):
+            groups.setdefault((result["operation"], result["batch"]), {})[result["pages"]] = result
+    chosen = list(groups.items())[:MOST_PANELS]
     if not chosen:
         return
     columns = min(3, len(chosen))
     lines = -(-len(chosen) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(6.2 * columns, 2.9 * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 3.2 * lines), squeeze=False)
     for axis in axes.flat[len(chosen) :]:
         axis.set_visible(False)
-    for axis, result in zip(axes.flat, chosen):
-        rows = cells(result)
-        names = [row["contestant"] for row in rows]
-        colors = ["#c8553d" if name.startswith("vlm_fuse") else "#9aa5b1" if name == result["base"] else "#52606d" for name in names]
-        bars = axis.barh(names, [row["ratio"] for row in rows], color=colors)
-        axis.bar_label(bars, [f" {_digits(row['ratio'])}" for row in rows], fontsize=8)
-        axis.axvline(1, color="#9aa5b1", linewidth=0.8)
+    for axis, ((operation, batch), by_pages) in zip(axes.flat, chosen):
+        height = 0.8 / len(by_pages)
+        for offset, (pages, result) in enumerate(by_pages.items()):
+            rows = cells(result)
+            places = [i + (offset - (len(by_pages) - 1) / 2) * height for i in range(len(rows))]
+            colors = [(OWN_BARS if row["contestant"].startswith("vlm_fuse") else BARS)[pages] for row in rows]
+            bars = axis.barh(places, [row["ratio"] for row in rows], height=height, color=colors)
+            axis.bar_label(bars, [f" {_digits(row['ratio'])}" for row in rows], fontsize=7)
+            axis.set_yticks(range(len(rows)), [row["contestant"] for row in rows])
+        shades = "; dark: default pages, light: huge pages" if len(by_pages) > 1 else ""
+        axis.axvline(1, color="black", linewidth=0.6)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.25)
         axis.invert_yaxis()
-        axis.set_title(f"{result['operation']}: {result['batch']}\n{result['pages']} pages", fontsize=9)
+        axis.set_title(f"{operation}: {batch}", fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.set_xlabel(f"time over {result['base']}", fontsize=8)
+        axis.set_xlabel(f"time over {result['base']} (1 = as fast as a copy){shades}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
