@@ -93,6 +93,12 @@ def runs(
     )
 
 
+def with_documents(count: int, length: int = 32768, hidden: int = 960) -> Batch:
+    """One packed bf16 row of `count` documents of equal length, half of it image, runs of 16."""
+    batch = runs(f"D (1,{length},{hidden}) bf16, {count} documents", 1, length, hidden, torch.bfloat16, run=16)
+    return batch._replace(document_ids=(torch.arange(length, dtype=torch.int32) * count // length).unsqueeze(0))
+
+
 def load(name: str, description: Load, dtype: torch.dtype = torch.bfloat16) -> Batch:
     """A batch of presets.LOADS. Padded rows hold one sample each; packed rows are filled first fit decreasing.
 

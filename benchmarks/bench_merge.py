@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import baselines, batches, operations, report
 from benchmarks.memory import transient_bytes
-from benchmarks.presets import IMAGE_SHARES
+from benchmarks.presets import DOCUMENTS, IMAGE_SHARES
 from benchmarks.targets import evaluate
 from benchmarks.timing import busy_note, environment, interleave
 
@@ -124,6 +124,7 @@ def groups(quick: bool, compiled, device: str) -> list[Group]:
         ("case B", batches.case_b, [*_shared(compiled), *conversions]),
         ("case C", batches.case_c, [operations.forward_into, operations.forward, operations.forward_backward]),
         *(_share(share) for share in IMAGE_SHARES),
+        *((f"documents {count}", lambda count=count: batches.with_documents(count), [operations.facts]) for count in DOCUMENTS),
         *(_load(group, name, description) for group in ("small", "main", "large", "legacy") for name, description in batches.loads(group).items()),
     ]
 

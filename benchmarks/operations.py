@@ -338,6 +338,39 @@ def packed(batch: Batch, names: tuple[str, ...] = ("hf checked", "nanovlm")) -> 
     return Operation("packed", "clone of kept rows", 2 * kept.numel() * kept.element_size(), contestants, expected, ("clone of kept rows",))
 
 
+def facts(batch: Batch) -> Operation:
+    """What reading the plan's fields adds to the rows: positions, boundaries, labels and the mask's intervals."""
+    ids, given = batch.document_ids, dict(document_ids=batch.document_ids, labels=batch.labels)
+
+    def ours():
+        merged = vlm_fuse.merge(batch.input_ids, batch.text, batch.features, image_token_id=batch.image_token_id, **given)
+        return merged.inputs_embeds, merged.position_ids, merged.document_ids, merged.labels, merged.cu_seqlens, merged.kv_lo, merged.kv_hi
+
+    def expected():
+        starts = torch.cat([ids.new_ones(1, dtype=torch.bool), ids[0, 1:] != ids[0, :-1]])
+        first = torch.nonzero(starts).squeeze(1)
+        lengths = torch.diff(first, append=first.new_tensor([ids.numel()]))
+        lo = first.repeat_interleave(lengths)
+        index = torch.arange(ids.numel(), device=ids.device)
+        labels = batch.labels.clone()
+        labels[0, first] = -100
+        bounds = torch.cat([first, first.new_tensor([ids.numel()])]).int()
+        return (_merged(batch), (index - lo).unsqueeze(0), ids, labels, bounds, lo.int().unsqueeze(0), (index + 1).int().unsqueeze(0))
+
+    return Operation(
+        "rows and facts",
+        "clone",
+        2 * batch.out_bytes,
+        [
+            Contestant("clone", batch.text.clone),
+            Contestant("vlm_fuse, rows alone", lambda: _merge(batch, **given)),
+            Contestant(OURS, ours),
+        ],
+        expected,
+        ("clone", "vlm_fuse, rows alone"),
+    )
+
+
 def converted(batch: Batch, text_dtype: torch.dtype, features_dtype: torch.dtype, out_dtype: torch.dtype) -> Operation:
     """dtypes changed on the way, output preallocated; the base copies bytes of the output's dtype."""
     short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

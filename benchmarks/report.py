@@ -125,7 +125,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             bars = axis.barh(places, [row["ratio"] for row in rows], height=height, color=colors)
             axis.bar_label(bars, [f" {_digits(row['ratio'])}" for row in rows], fontsize=7)
             axis.set_yticks(range(len(rows)), [row["contestant"] for row in rows])
-        shades = "; dark: default pages, light: huge pages" if len(by_pages) > 1 else ""
+        shades = "; dark: default, light: huge pages" if len(by_pages) > 1 else ""
         axis.axvline(1, color="black", linewidth=0.6)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -134,7 +134,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_title(f"{operation}: {batch}", fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.set_xlabel(f"time over {result['base']} (1 = as fast as a copy){shades}", fontsize=8)
+        axis.set_xlabel(f"time over {result['base']}{shades}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
