@@ -297,7 +297,11 @@ def rows(
 # --- the way back -----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=_VARYING)
+# slices of one buffer: their alignment depends on how many feature rows there are
+_SLICES = ["row_of_feature", "row_of_token"]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def inverse_kernel(
     source_index, text_index, tokens, row_of_feature, row_of_token, ids,
     rows, feature_rows, text_rows, token_count, vocabulary,
@@ -358,7 +362,7 @@ def _gather_row(
             tl.store(target + cols, convert(x, target.dtype.element_ty), mask=cols < D)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def gather_kernel(
     grad, row_of_feature, row_of_token, text_index, grad_text, grad_features, table,
     rows, text_rows, first, entries, grad_width, grad_stride0, grad_stride1, grad_column,
