@@ -46,25 +46,29 @@ class RowCall(NamedTuple):
 def merge_rows(text: Tensor | None, weight: Tensor | None, features: tuple[Tensor, ...], call: RowCall, out: Tensor | None = None) -> Tensor:
     """The row op with gradients to text (or weight) and features, by the route that fits the caller."""
     table = text if weight is None else weight
-    if ops.traced() or not ops.plain(table, *features) or not ops.plain(call.source_index):
+    kernels = ops.direct(call.backend, table, features)
+    if kernels is None:
         _no_out(out)
         return _op(text, weight, features, call)
     if _peek_functorch() is not None:
         _no_out(out)
         return _FunctionalMergeRows.apply(call, weight is not None, table, *features)
-    if torch.is_grad_enabled() and (table.requires_grad or any(rows.requires_grad for rows in features)):
-        return _apply(call, weight is not None, out is not None, table, *features)
+    if torch.is_grad_enabled():
+        records = table.requires_grad
+        for rows in features:
+            records = records or rows.requires_grad
+        if records:
+            return _apply(kernels, call, weight is not None, out is not None, table, *features)
     if forward_ad._current_level >= 0:
         _no_tangents(table, *features)
+    return _run(kernels, text, weight, features, call, out)
+
+
+def _run(kernels, text, weight, features, call: RowCall, out: Tensor | None) -> Tensor:
+    tokens, scale, starts, source_index, text_index, add, dtype, validate, _ = call
     if out is None:
-        return ops.merge_rows(text, weight, call.tokens, call.scale, features, call.starts, call.source_index, call.text_index, call.add, call.dtype, call.validate, call.backend)
-    return _in_place(out, text, weight, features, call)
-
-
-def _in_place(out, text, weight, features, call: RowCall) -> Tensor:
-    return ops.merge_rows_in_place(
-        out, text, weight, call.tokens, call.scale, features, call.starts, call.source_index, call.text_index, call.add, call.validate, call.backend
-    )
+        return ops.merge_rows(kernels, text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate)
+    return ops.merge_rows_in_place(kernels, out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate)
 
 
 def _no_out(out: Tensor | None) -> None:
@@ -90,20 +94,21 @@ def _like(tensor: Tensor) -> tuple:
 # --- the two linear maps, on whatever the caller has -------------------------------------------------------------------
 
 
-def _gradients(grad: Tensor, call: RowCall, likes: Likes, needs_table: bool, needs_features) -> list[Tensor]:
-    """The gradients asked for, table first, by the registered operator (differentiable) or directly."""
-    if torch.is_grad_enabled() or ops.traced() or not ops.plain(grad) or _peek_functorch() is not None:
-        sizes = [size for shape, _ in likes.features for size in shape]
-        return torch.ops.vlm_fuse.merge_rows_backward(
-            grad, call.source_index, call.text_index, call.tokens, call.scale, list(call.starts), call.add, list(likes.table[0]), likes.table[1],
-            likes.is_weight, needs_table, sizes, [len(shape) for shape, _ in likes.features], [dtype for _, dtype in likes.features],
-            list(needs_features), call.backend,
-        )  # fmt: skip
-    grad_table, grad_features = ops.merge_rows_backward(
-        grad, call.source_index, call.text_index, call.tokens, call.scale, call.starts, call.add, likes.table, likes.is_weight, needs_table,
-        likes.features, needs_features, call.backend,
+def _gradients(grad: Tensor, call: RowCall, likes: Likes, needs_table: bool, needs_features) -> list[Tensor | None]:
+    """The gradients in the order of the inputs, None where not needed; differentiable where gradients are recorded."""
+    tokens, scale, starts, source_index, text_index, add, _, _, backend = call
+    kernels = None if torch.is_grad_enabled() or _peek_functorch() is not None else ops.direct(backend, grad)
+    if kernels is not None:
+        grad_table, grad_features = ops.merge_rows_backward(
+            kernels, grad, source_index, text_index, tokens, scale, starts, add, likes.table, likes.is_weight, needs_table, likes.features, needs_features
+        )
+        return [grad_table, *grad_features]
+    sizes = [size for shape, _ in likes.features for size in shape]
+    made = torch.ops.vlm_fuse.merge_rows_backward(
+        grad, source_index, text_index, tokens, scale, list(starts), add, list(likes.table[0]), likes.table[1], likes.is_weight, needs_table,
+        sizes, [len(shape) for shape, _ in likes.features], [dtype for _, dtype in likes.features], list(needs_features), backend,
     )  # fmt: skip
-    return [made for made in (grad_table, *grad_features) if made is not None]
+    return _spread(made, needs_table, needs_features)
 
 
 def _spread(gradients: list[Tensor], needs_table: bool, needs_features) -> list[Tensor | None]:
@@ -124,28 +129,40 @@ def _double_backward(second: list[Tensor | None], grad_dtype: torch.dtype, call:
     return merge_rows(None if likes.is_weight else table, table if likes.is_weight else None, tuple(parts[1:]), call)
 
 
+def _version(tokens: Tensor | None) -> int | None:
+    """The ids are kept for the gradient of the weight; they must not be overwritten before the backward."""
+    return None if tokens is None or tokens.is_inference() else tokens._version
+
+
+def _check_version(tokens: Tensor | None, version: int | None) -> None:
+    if version is not None and tokens._version != version:
+        raise RuntimeError(
+            "input_ids: modified by an inplace operation between merge and its backward, which needs them for the gradient of weight; give merge a clone"
+        )
+
+
 # --- eager ------------------------------------------------------------------------------------------------------------
 
 
 class _MergeRows(Function):
     @staticmethod
-    def forward(ctx, call: RowCall, is_weight: bool, in_place: bool, table: Tensor, *features: Tensor):
+    def forward(ctx, kernels, call: RowCall, is_weight: bool, in_place: bool, table: Tensor, *features: Tensor):
         ctx.call = call
-        ctx.likes = Likes((table.shape, table.dtype), is_weight, tuple([_like(rows) for rows in features]))
+        ctx.likes = Likes((table.shape, table.dtype), is_weight, tuple([(rows.shape, rows.dtype) for rows in features]))
         ctx.set_materialize_grads(False)
-        text, weight = (None, table) if is_weight else (table, None)
+        ctx.tokens_version = _version(call.tokens)
         if in_place:
             ctx.mark_dirty(table)
-            return _in_place(table, text, weight, features, call)
-        return ops.merge_rows(text, weight, call.tokens, call.scale, features, call.starts, call.source_index, call.text_index, call.add, call.dtype, call.validate, call.backend)
+        text, weight = (None, table) if is_weight else (table, None)
+        return _run(kernels, text, weight, features, call, table if in_place else None)
 
     @staticmethod
     def backward(ctx, grad):
-        _, _, _, needs_table, *needs_features = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
-        gradients = _gradients(grad, ctx.call, ctx.likes, needs_table, needs_features)
-        return (None, None, None, *_spread(gradients, needs_table, needs_features))
+            return (None,) * len(needs)
+        _check_version(ctx.call.tokens, ctx.tokens_version)
+        return (None, None, None, None, *_gradients(grad, ctx.call, ctx.likes, needs[4], needs[5:]))
 
 
 # Function.apply is a Python wrapper around this; 1.1 us less
@@ -165,8 +182,7 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _op_backward(ctx, grad):
-    gradients = _gradients(grad, ctx.call, ctx.likes, ctx.needs_table, ctx.needs_features)
-    table, *features = _spread(gradients, ctx.needs_table, ctx.needs_features)
+    table, *features = _gradients(grad, ctx.call, ctx.likes, ctx.needs_table, ctx.needs_features)
     text, weight = (None, table) if ctx.likes.is_weight else (table, None)
     return text, weight, None, None, features, None, None, None, None, None, None, None
 

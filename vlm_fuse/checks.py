@@ -22,7 +22,8 @@ from .batch import (
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
-MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASK_DTYPES = (torch.int64, torch.bool, torch.int32, torch.int16, torch.int8, torch.uint8)
+_ATTENTION_DTYPES = (*MASK_DTYPES, *ROW_DTYPES)
 
 
 def names(dtypes) -> str:
@@ -95,22 +96,31 @@ def whole_numbers(name: str, value) -> Tensor:
 
 def batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids) -> Tensor:
     """The tensor that gives the tokens, (B, T); the others agree with it."""
-    tokens, name = (input_ids, "input_ids") if placeholder_mask is None else (placeholder_mask, "placeholder_mask")
+    tokens, name, dtypes = (input_ids, "input_ids", ID_DTYPES) if placeholder_mask is None else (placeholder_mask, "placeholder_mask", (torch.bool,))
     if tokens is None:
         raise ValueError("input_ids: missing; only a placeholder_mask together with inputs_embeds can stand in for it")
-    dtype_of(name, tokens, ID_DTYPES if placeholder_mask is None else (torch.bool,))
+    dtype_of(name, tokens, dtypes)
     if tokens.dim() != 2:
         raise ValueError(f"{name}: expected (B, T), got {tuple(tokens.shape)}" + ("; unsqueeze(0) one sample" if tokens.dim() == 1 else ""))
     if tokens.numel() >= 2**31:
         raise ValueError(f"{name}: {tokens.numel()} tokens; a plan counts at most {2**31 - 1}, split the batch")
-    others = (("input_ids", input_ids, ID_DTYPES), ("attention_mask", attention_mask, (*MASK_DTYPES, *ROW_DTYPES)),
-              ("labels", labels, ID_DTYPES), ("document_ids", document_ids, ID_DTYPES))  # fmt: skip
-    for other, value, dtypes in others:
-        if value is not None and value is not tokens:
-            dtype_of(other, value, dtypes)
-            same_shape(other, value, tokens.shape, name)
-            same_device(other, value, tokens.device, name)
+    if attention_mask is not None:
+        _beside(tokens, name, "attention_mask", attention_mask, _ATTENTION_DTYPES)
+    if labels is not None:
+        _beside(tokens, name, "labels", labels, ID_DTYPES)
+    if document_ids is not None:
+        _beside(tokens, name, "document_ids", document_ids, ID_DTYPES)
+    if placeholder_mask is not None and input_ids is not None:
+        _beside(tokens, name, "input_ids", input_ids, ID_DTYPES)
     return tokens
+
+
+def _beside(tokens: Tensor, tokens_name: str, name: str, value: Tensor, dtypes) -> None:
+    """`value` says something about each token."""
+    dtype_of(name, value, dtypes)
+    same_shape(name, value, tokens.shape, tokens_name)
+    if value.device != tokens.device:
+        same_device(name, value, tokens.device, tokens_name)
 
 
 def text_source(inputs_embeds, weight, input_ids, embed_scale, token_shape: torch.Size, device: torch.device, of: str) -> None:
@@ -121,7 +131,8 @@ def text_source(inputs_embeds, weight, input_ids, embed_scale, token_shape: torc
         dtype_of("inputs_embeds", inputs_embeds, ROW_DTYPES)
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[:2] != token_shape:
             raise ValueError(f"inputs_embeds: expected (B, T, D) with (B, T) = {tuple(token_shape)}, got {tuple(inputs_embeds.shape)}")
-        same_device("inputs_embeds", inputs_embeds, device, of)
+        if inputs_embeds.device != device:
+            same_device("inputs_embeds", inputs_embeds, device, of)
         if embed_scale is not None:
             raise ValueError("embed_scale: goes with weight; inputs_embeds come scaled from the model's own embedding")
         return
@@ -149,16 +160,15 @@ def output(out: Tensor, shape, dim: int, sources: tuple[Tensor, ...], inputs_emb
     """`out` can be written: its shape and dtype, no overlap with what is read, no gradient lost."""
     if torch.compiler.is_compiling():
         raise ValueError("out: refused under torch.compile, which places outputs itself; leave it out")
-    dtype_of("out", out, ROW_DTYPES)
     wanted = (*shape, dim)
     if tuple(out.shape) != wanted:
         raise ValueError(f"out: expected {wanted}, got {tuple(out.shape)}")
     if out is inputs_embeds:
         if not keep:
             raise ValueError("out: inputs_embeds can be written in place with layout='keep' and scheme='placeholders' only; other layouts move rows")
-        if records and out.is_leaf and out.requires_grad:
+        if torch.is_grad_enabled() and out.is_leaf and out.requires_grad:
             raise ValueError("out: inputs_embeds is a leaf that requires grad and cannot be written in place; leave out=None")
-    elif records:
+    elif records or (torch.is_grad_enabled() and out.requires_grad):
         raise ValueError("out: cannot be written while gradients are recorded, unless it is inputs_embeds; leave it out or use torch.no_grad()")
     start, stop = _extent(out)
     for source in sources:

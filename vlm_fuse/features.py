@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .batch import SCHEMES
 
 
 class Kind(NamedTuple):
@@ -109,6 +108,24 @@ def _with_sizes(kind: Kind, given) -> Kind:
     return kind._replace(images=sizes.numel(), rows_each=-1, sizes=sizes)
 
 
+def unsettled(kinds: tuple[Kind, ...]) -> bool:
+    """Totals or sizes are still to be worked out."""
+    for kind in kinds:
+        if kind.sizes is not None or kind.rows < 0:
+            return True
+    return False
+
+
+def flat(kinds: tuple[Kind, ...]) -> tuple[int, ...]:
+    """The kinds as `Batch.kinds` holds them, feature rows numbered one kind after another."""
+    numbers: list[int] = []
+    first = 0
+    for kind in kinds:
+        numbers += (kind.token, first, kind.rows, kind.images, kind.rows_each)
+        first += kind.rows
+    return tuple(numbers)
+
+
 def settle(kinds: tuple[Kind, ...], counts: Tensor | None, scheme: str, unused: bool, samples: int) -> tuple[Kind, ...]:
     """Row totals from sizes and counts where they are on the host, and the sizes that counts imply."""
     settled = []
@@ -184,15 +201,10 @@ def tables(kinds: tuple[Kind, ...], starts: tuple[int, ...]) -> tuple[tuple[Tens
 
 def sizes_tensor(kinds: tuple[Kind, ...], device: torch.device) -> Tensor | None:
     """The listed sizes of all kinds, one after another."""
+    if not unsettled(kinds):
+        return None
     listed = [kind.sizes for kind in kinds if kind.sizes is not None]
     if not listed:
         return None
     sizes = listed[0] if len(listed) == 1 else torch.cat(listed)
     return sizes if sizes.device == device else sizes.to(device, non_blocking=True)
-
-
-def scheme_needs_keep(scheme: str, layout: str) -> None:
-    if layout == "keep" and scheme != SCHEMES[0]:
-        raise ValueError(
-            f"layout: 'keep' is the layout of input_ids, but scheme={scheme!r} changes the number of rows; take layout='padded' or 'packed'"
-        )

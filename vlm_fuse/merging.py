@@ -83,7 +83,11 @@ class MergedBatch:
 
 
 def _delegate(name: str) -> property:
-    return property(lambda self: getattr(self.plan, name), doc=f"TokenPlan.{name}")
+    def read(self):
+        found = self.plan._facts.get(name)  # the property behind it would cost as much again
+        return getattr(self.plan, name) if found is None else found
+
+    return property(read, doc=f"TokenPlan.{name}")
 
 
 for _name in (
@@ -191,6 +195,8 @@ def merge(
         kinds, plan = settled.agree(plan, settings, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
         text = inputs_embeds if weight is None else weight
         settled.sources(plan, kinds, input_ids, inputs_embeds, weight, embed_scale, text)
+    if out is not None:
+        checks.dtype_of("out", out, checks.ROW_DTYPES)
     features, starts = forms.tables(kinds, plan.feature_starts)
     add = plan.combine == "add"
     call = RowCall(

@@ -7,6 +7,8 @@ pointers to the kernels, and make_fx would bake results in as constants.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -48,15 +50,24 @@ def traced() -> bool:
     return is_compiling() or _dispatch_modes() or _function_modes()
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Ordinary tensors with memory of their own, which a kernel may read directly."""
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda or tensor.is_xpu)):
-            return False
-    return True
+def plain(tensor: Tensor) -> bool:
+    """An ordinary tensor with memory of its own, which a kernel may read directly."""
+    return type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda or tensor.is_xpu)
 
 
-def _kernels(backend: str, tensor: Tensor):
+def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> ModuleType | None:
+    """The backend's module where it may be called without the registered operators, else None."""
+    if is_compiling() or _dispatch_modes() or _function_modes() or type(tensor) not in _PLAIN:
+        return None
+    for other in others:
+        if type(other) not in _PLAIN:
+            return None
+    if tensor.is_cpu:
+        return choose(backend, "cpu")
+    return choose(backend, tensor.device.type) if plain(tensor) else None
+
+
+def _kernels(backend: str, tensor: Tensor) -> ModuleType:
     return choose(backend, "cpu" if tensor.is_cpu else tensor.device.type)
 
 
@@ -90,23 +101,29 @@ def needed_width(batch: Batch, backend: str) -> int:
     return longest if LAYOUTS[batch.layout] == "padded" else total
 
 
-def _plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
+def _plan(kernels: ModuleType, batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
     if width is None:
         width = needed_width(batch, backend)
     try:
-        return _kernels(backend, batch.tokens).plan(batch, width, _status(validate, batch.tokens))
+        return kernels.plan(batch, width, _status(validate, batch.tokens))
     except RecordedError as error:
         raise checks.explain(error.record, batch) from None
 
 
 def plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
     """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None."""
-    if traced() or not plain(batch.tokens):
+    kernels = direct(backend, batch.tokens)
+    if kernels is None:
         return torch.ops.vlm_fuse.plan(*batch, width, validate, backend)
-    return _plan(batch, width, validate, backend)
+    return _plan(kernels, batch, width, validate, backend)
 
 
-library.impl("plan", lambda *args: _plan(_batch(args[:11]), *args[11:]), "CompositeExplicitAutograd")
+def _plan_op(*args):
+    batch, backend = _batch(args[:11]), args[13]
+    return _plan(_kernels(backend, batch.tokens), batch, *args[11:])
+
+
+library.impl("plan", _plan_op, "CompositeExplicitAutograd")
 
 
 def _batch(fields) -> Batch:
@@ -147,22 +164,23 @@ _FACT_DTYPES = {
 }
 
 
-def _facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
+def _facts(kernels: ModuleType, batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
     if documents is None:
         documents = count(batch, backend)[2] if batch.document_ids is not None and "cu_seqlens" in names else 0
-    return _kernels(backend, batch.tokens).facts(batch, width, names, documents)
+    return kernels.facts(batch, width, names, documents)
 
 
 def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
     """The named facts of the rows; `documents` sizes cu_seqlens where document_ids are given, None: as many as there are."""
-    if traced() or not plain(batch.tokens):
+    kernels = direct(backend, batch.tokens)
+    if kernels is None:
         return tuple(torch.ops.vlm_fuse.facts(*batch, width, ",".join(names), documents, backend))
-    return _facts(batch, width, names, documents, backend)
+    return _facts(kernels, batch, width, names, documents, backend)
 
 
 def _facts_op(*args):
-    width, names, documents, backend = args[11:]
-    return list(_facts(_batch(args[:11]), width, tuple(names.split(",")), documents, backend))
+    batch, (width, names, documents, backend) = _batch(args[:11]), args[11:]
+    return list(_facts(_kernels(backend, batch.tokens), batch, width, tuple(names.split(",")), documents, backend))
 
 
 library.impl("facts", _facts_op, "CompositeExplicitAutograd")
@@ -202,7 +220,7 @@ def intervals(document_ids, image_ids, attend: Attend, prefix_lengths=None, pare
     image_ids = image_ids.int().contiguous() if image_ids is not None and attend.images != "causal" else None
     prefix_lengths, parent_ids = (_ints(value, document_ids.device) for value in (prefix_lengths, parent_ids))
     args = (document_ids, image_ids, attend.codes, prefix_lengths, parent_ids, pair, mode_of(validate, document_ids), name_from(backend))
-    if traced() or not plain(document_ids):
+    if direct(args[-1], document_ids) is None:
         made = torch.ops.vlm_fuse.intervals(*args)
         return (*made, None, None) if len(made) == 2 else tuple(made)
     return _intervals(*args)
@@ -230,36 +248,39 @@ def _(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair, validat
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _merge_rows_into(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, validate, backend, fresh):
-    try:
-        _kernels(backend, source_index).rows(
-            out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, _status(validate, source_index), fresh
-        )
-    except RecordedError as error:
-        raise checks.explain(error.record, input_ids=tokens) from None
-
-
-def merge_rows(text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate, backend) -> Tensor:
+def merge_rows(kernels: ModuleType, text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate) -> Tensor:
     """The row op on plain tensors: ``(G, W, D)``, every row copied from one source row (two with `add`)."""
     table = text if weight is None else weight
     rows, width = source_index.shape
     if table.dtype is dtype:
-        out = table.new_empty(rows, width, table.shape[-1])
+        out = table.new_empty(rows, width, table.shape[-1])  # separate ints: 0.5 us less than a tuple
     else:
         out = table.new_empty((rows, width, table.shape[-1]), dtype=dtype)
-    _merge_rows_into(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, False, validate, backend, True)
+    try:
+        kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, False, _status(validate, source_index), True)
+    except RecordedError as error:
+        raise checks.explain(error.record, input_ids=tokens) from None
     return out
 
 
-def merge_rows_in_place(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate, backend) -> Tensor:
+def merge_rows_in_place(kernels: ModuleType, out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate) -> Tensor:
     """The row op written into `out`; where that is the text itself only the feature rows are written."""
-    _merge_rows_into(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, out is text, validate, backend, False)
+    status_ = _status(validate, source_index)
+    try:
+        kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, out is text, status_, False)
+    except RecordedError as error:
+        raise checks.explain(error.record, input_ids=tokens) from None
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
 
 
-library.impl("merge_rows", merge_rows, "CompositeExplicitAutograd")
+def _merge_rows_op(*args):
+    *args, backend = args
+    return merge_rows(_kernels(backend, args[6]), *args)
+
+
+library.impl("merge_rows", _merge_rows_op, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("vlm_fuse::merge_rows", lib=library)
@@ -268,16 +289,19 @@ def _(text, weight, tokens, scale, features, starts, source_index, text_index, a
     return table.new_empty((*source_index.shape, table.shape[-1]), dtype=dtype)
 
 
+def _empty_like(grad: Tensor, like: tuple) -> Tensor:
+    shape, dtype = like
+    return grad.new_empty(*shape) if grad.dtype is dtype and shape else grad.new_empty(shape, dtype=dtype)
+
+
 def merge_rows_backward(
-    grad, source_index, text_index, tokens, scale, starts, add, text_like, is_weight, needs_text, features_like, needs_features, backend
+    kernels: ModuleType, grad, source_index, text_index, tokens, scale, starts, add, table_like, is_weight, needs_table, features_like, needs_features
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of the text (or weight) and of each feature tensor, None where not needed. `*_like` = (shape, dtype)."""
-    grad_table = grad.new_empty(text_like[0], dtype=text_like[1]) if needs_text else None
-    grad_features = [grad.new_empty(like[0], dtype=like[1]) if needed else None for like, needed in zip(features_like, needs_features)]
-    _kernels(backend, grad).rows_backward(
-        grad, source_index, text_index, tokens, scale, starts, add,
-        None if is_weight else grad_table, grad_table if is_weight else None, grad_features, True,
-    )  # fmt: skip
+    grad_table = _empty_like(grad, table_like) if needs_table else None
+    grad_features = [_empty_like(grad, like) if needed else None for like, needed in zip(features_like, needs_features)]
+    grad_text, grad_weight = (None, grad_table) if is_weight else (grad_table, None)
+    kernels.rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features, True)
     return grad_table, grad_features
 
 
@@ -295,8 +319,8 @@ def _merge_rows_backward_op(
     feature_sizes, feature_dims, feature_dtypes, needs_features, backend,
 ):  # fmt: skip
     grad_table, grad_features = merge_rows_backward(
-        grad, source_index, text_index, tokens, scale, starts, add, (tuple(text_size), text_dtype), is_weight, needs_text,
-        feature_likes(feature_sizes, feature_dims, feature_dtypes), needs_features, backend,
+        _kernels(backend, grad), grad, source_index, text_index, tokens, scale, starts, add, (tuple(text_size), text_dtype), is_weight,
+        needs_text, feature_likes(feature_sizes, feature_dims, feature_dtypes), needs_features,
     )  # fmt: skip
     return [made for made in (grad_table, *grad_features) if made is not None]
 

@@ -19,6 +19,10 @@ SIDES = ("right", "left")
 UNUSED = ("error", "allow")
 VALIDATE = ("auto", "sync", "async", "off")
 
+_SELDOM = ("text_index", "image_ids", "kind_ids")
+_STEP = ("position_ids", "document_ids", "attention_mask", "cu_seqlens")
+_STEP_LABELS = ("labels", *_STEP)
+
 
 class TokenPlan:
     """What `plan` returns and `merge` makes: index tensors of the output rows, each made when it is first read.
@@ -45,7 +49,7 @@ class TokenPlan:
         "validate", "backend", "combine", "length", "masked_by_tensor", "source_index", "__weakref__",
     )  # fmt: skip
 
-    def __init__(self, batch: Batch, *, attend, prefix_lengths, parent_ids, max_documents, validate, backend, combine, length, masked_by_tensor):
+    def __init__(self, batch: Batch, attend, prefix_lengths, parent_ids, max_documents, validate, backend, combine, length, masked_by_tensor):
         self._batch = batch
         self._facts: dict = {}
         self._masks: dict = {}
@@ -106,13 +110,25 @@ class TokenPlan:
 
     # --- facts of the rows
 
-    def _fact(self, name: str):
+    def _fact(self, name: str) -> Tensor:
         found = self._facts.get(name)
-        return self._make((name,))[0] if found is None else found
+        if found is None:
+            self._make(self._group(name))
+            found = self._facts[name]
+        return found
 
-    def _make(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def _group(self, name: str) -> tuple[str, ...]:
+        """The facts made together when one of them is first read: those of a training step in one pass, or one alone."""
+        batch = self._batch
+        if name in _SELDOM or "position_ids" in self._facts or (name == "cu_seqlens" and batch.document_ids is not None):
+            return (name,)
+        if batch.document_ids is None:
+            return _STEP if batch.labels is None else _STEP_LABELS
+        return _STEP[:-1] if batch.labels is None else _STEP_LABELS[:-1]  # how many documents there are is not known yet
+
+    def _make(self, names: tuple[str, ...]) -> None:
         """Facts of the rows in one pass over the tokens, kept for the next reader."""
-        if self._versions != _versions(self._batch):
+        if self._versions and self._versions != _versions(self._batch):
             raise RuntimeError(
                 f"{', '.join(names)}: made when first read, but the tokens, attention_mask, document_ids or labels were changed in place since "
                 "the plan was made; read it before, or give merge clones"
@@ -120,9 +136,7 @@ class TokenPlan:
         made = ops.facts(self._batch, self._width, names, self.max_documents, self.backend)
         if self._target is not None:
             made = tuple([fact.to(self._target, non_blocking=True) for fact in made])
-        for name, fact in zip(names, made):
-            self._facts[name] = fact
-        return made
+        self._facts.update(zip(names, made))
 
     @property
     def text_index(self) -> Tensor:
@@ -263,12 +277,6 @@ class TokenPlan:
 
     # --- what merging needs beside the rows
 
-    def make_ahead(self, names: tuple[str, ...]) -> None:
-        """Make several facts in one pass over the tokens, those that are there already left alone."""
-        missing = tuple(name for name in names if name not in self._facts)
-        if missing:
-            self._make(missing)
-
     def with_labels(self, labels: Tensor) -> TokenPlan:
         """The same plan for labels given later."""
         plan = self._moved(lambda tensor: tensor)
@@ -324,14 +332,15 @@ def _versions(batch: Batch) -> tuple:
     if torch.compiler.is_compiling():
         return ()
     tokens, attention_mask, document_ids, labels = batch[:4]
-    if tokens.is_inference():
+    try:
+        return (
+            tokens._version,
+            attention_mask is None or attention_mask._version,
+            document_ids is None or document_ids._version,
+            labels is None or labels._version,
+        )
+    except RuntimeError:  # "Inference tensors do not track version counter"
         return ()
-    return (
-        tokens._version,
-        0 if attention_mask is None or attention_mask.is_inference() else attention_mask._version,
-        0 if document_ids is None or document_ids.is_inference() else document_ids._version,
-        0 if labels is None or labels.is_inference() else labels._version,
-    )
 
 
 def make(
@@ -340,22 +349,27 @@ def make(
     prefix_lengths=None, parent_ids=None, max_documents=None,
 ) -> TokenPlan:  # fmt: skip
     """The plan of a checked batch. `kinds` as `features.describe` gives them."""
-    _options(scheme, combine, layout, padding_side, length, attend, unused_features, validate)
-    forms.scheme_needs_keep(scheme, layout)
-    if scheme == "images_first" and document_ids is not None:
-        raise ValueError("document_ids: refused with scheme='images_first', whose images stand in front of whole samples")
-    if scheme == "images_first" and combine == "add":
-        raise ValueError("combine: 'add' needs a placeholder to add to; images_first has none")
+    words = (scheme, combine, layout, padding_side, unused_features, validate)
+    if words not in _known_words:
+        _check_words(words)
+    if length is not None:
+        _check_length(length, layout)
+    if type(attend) is not Attend:
+        _check_attend(attend)
+    if scheme != "placeholders":
+        _check_scheme(scheme, combine, layout, document_ids)
     samples, unused = tokens.shape[0], unused_features == "allow"
-    counts = None if feature_counts is None else forms.counts_table(feature_counts, kinds, samples, masked_by_tensor, tokens.device)
-    if counts is not None or scheme != "placeholders" or any(kind.sizes is not None or kind.rows < 0 for kind in kinds):
+    counts = None
+    if feature_counts is not None:
+        counts = forms.counts_table(feature_counts, kinds, samples, masked_by_tensor, tokens.device)
+    if counts is not None or scheme != "placeholders" or forms.unsettled(kinds):
         kinds = forms.settle(kinds, counts, scheme, unused, samples)
     batch = Batch(
         tokens if tokens.is_contiguous() else tokens.contiguous(),
         _integers(attention_mask),
         None if document_ids is None else document_ids.contiguous(),
         None if labels is None else labels.contiguous(),
-        _flat(kinds),
+        forms.flat(kinds),
         forms.sizes_tensor(kinds, tokens.device) if kinds else None,
         counts,
         SCHEMES.index(scheme),
@@ -364,21 +378,11 @@ def make(
         unused,
     )
     backend = name_from(backend)
-    if any([kind.rows < 0 for kind in kinds]):
-        batch = _count_rows(batch, kinds, backend)
-    return TokenPlan(
-        batch, attend=attend, prefix_lengths=prefix_lengths, parent_ids=parent_ids, max_documents=max_documents,
-        validate=validate, backend=backend, combine=combine, length=length, masked_by_tensor=masked_by_tensor,
-    )  # fmt: skip
-
-
-def _flat(kinds: tuple[forms.Kind, ...]) -> tuple[int, ...]:
-    flat: list[int] = []
-    first = 0
     for kind in kinds:
-        flat += (kind.token, first, kind.rows, kind.images, kind.rows_each)
-        first += kind.rows
-    return tuple(flat)
+        if kind.rows < 0:
+            batch = _count_rows(batch, kinds, backend)
+            break
+    return TokenPlan(batch, attend, prefix_lengths, parent_ids, max_documents, validate, backend, combine, length, masked_by_tensor)
 
 
 def _integers(attention_mask: Tensor | None) -> Tensor | None:
@@ -393,31 +397,39 @@ def _count_rows(batch: Batch, kinds: tuple[forms.Kind, ...], backend: str) -> Ba
     """Without sizes, counts or tensors a kind has as many rows as placeholders; known after they are counted."""
     placeholders = ops.count(batch, backend)[3]
     kinds = tuple(kind if kind.rows >= 0 else kind._replace(rows=number) for kind, number in zip(kinds, placeholders))
-    return batch._replace(kinds=_flat(kinds))
+    return batch._replace(kinds=forms.flat(kinds))
 
 
-_checked: set = set()
+_known_words: set = set()  # combinations that were checked already
 
 
-def _options(scheme, combine, layout, padding_side, length, attend, unused_features, validate) -> None:
-    words = (scheme, combine, layout, padding_side, unused_features, validate)
-    if words not in _checked:
-        checks.choice("scheme", scheme, SCHEMES)
-        checks.choice("combine", combine, COMBINE)
-        checks.choice("layout", layout, LAYOUTS)
-        checks.choice("padding_side", padding_side, SIDES)
-        checks.choice("unused_features", unused_features, UNUSED)
-        checks.choice("validate", validate, VALIDATE)
-        _checked.add(words)
-    if length is not None:
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or (isinstance(length, int) and length < 0):
-            raise ValueError(f"length: expected a number of rows, got {length!r}")
-        if layout == "keep":
-            raise ValueError("length: layout='keep' has the width of input_ids; take layout='padded' or 'packed'")
-    if type(attend) is not Attend:
-        wrong = [value for value in attend.values() if not isinstance(value, Attend)] if isinstance(attend, Mapping) else [attend]
-        if wrong:
-            raise TypeError(f"attend: expected an Attend or a dict {{layer type: Attend}}, got {type(wrong[0]).__name__}")
+def _check_words(words: tuple[str, ...]) -> None:
+    names = ("scheme", "combine", "layout", "padding_side", "unused_features", "validate")
+    for name, word, allowed in zip(names, words, (SCHEMES, COMBINE, LAYOUTS, SIDES, UNUSED, VALIDATE)):
+        checks.choice(name, word, allowed)
+    _known_words.add(words)
+
+
+def _check_length(length, layout: str) -> None:
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or (isinstance(length, int) and length < 0):
+        raise ValueError(f"length: expected a number of rows, got {length!r}")
+    if layout == "keep":
+        raise ValueError("length: layout='keep' has the width of input_ids; take layout='padded' or 'packed'")
+
+
+def _check_attend(attend) -> None:
+    wrong = [value for value in attend.values() if not isinstance(value, Attend)] if isinstance(attend, Mapping) else [attend]
+    if wrong and not isinstance(wrong[0], Attend):
+        raise TypeError(f"attend: expected an Attend or a dict {{layer type: Attend}}, got {type(wrong[0]).__name__}")
+
+
+def _check_scheme(scheme: str, combine: str, layout: str, document_ids) -> None:
+    if layout == "keep":
+        raise ValueError(f"layout: 'keep' is the layout of input_ids, but scheme={scheme!r} changes the number of rows; take layout='padded' or 'packed'")
+    if scheme == "images_first" and document_ids is not None:
+        raise ValueError("document_ids: refused with scheme='images_first', whose images stand in front of whole samples")
+    if scheme == "images_first" and combine == "add":
+        raise ValueError("combine: 'add' needs a placeholder to add to; images_first has none")
 
 
 def plan(
@@ -486,8 +498,13 @@ def plan(
     kinds = forms.describe(None, image_token_id, image_sizes, placeholder_mask, scheme)
     if max_documents is not None and (isinstance(max_documents, bool) or not isinstance(max_documents, int) or max_documents < 0):
         raise ValueError(f"max_documents: expected a number of documents, got {max_documents!r}")
-    return make(
+    made = make(
         tokens, attention_mask, labels, document_ids, kinds, feature_counts, placeholder_mask is not None, scheme, combine, layout,
         padding_side, length, attend, unused_features, validate, backend, prefix_lengths, parent_ids, max_documents,
     )  # fmt: skip
+    if max_documents is not None and document_ids is not None and tokens.is_cpu and validate in ("auto", "sync"):
+        documents = ops.count(made._batch, made.backend)[2]
+        if documents > max_documents:
+            raise ValueError(f"max_documents: the batch has {documents} documents, more than {max_documents}; raise max_documents")
+    return made
 

@@ -78,7 +78,7 @@ def _placeholders(batch: Batch, kind: int) -> Tensor:
     flat = batch.tokens.reshape(-1)
     if SCHEMES[batch.scheme] == "images_first":
         return torch.zeros_like(flat, dtype=torch.bool)
-    return flat if flat.dtype == torch.bool else flat == batch.kind(kind)[0]
+    return flat if flat.dtype == torch.bool else flat.long() == batch.kind(kind)[0]
 
 
 def _kept_tokens(batch: Batch) -> Tensor:
@@ -212,21 +212,30 @@ def _address(batch: Batch, rows: Rows, width: int) -> tuple[tuple[int, int], Ten
     return (samples, width), rows.sample * width + column, inside
 
 
-def _document_runs(rows: Rows) -> Tensor:
-    """(kept rows,) number of the document of every kept row, over the batch."""
-    sample, given = rows.sample[rows.kept], rows.given_id[rows.kept]
+def _document_of_tokens(batch: Batch) -> tuple[Tensor, int]:
+    """(N,) number over the batch of the document of every kept token, and how many documents there are."""
+    kept = _kept_tokens(batch)
+    sample, given = _sample_of_tokens(batch)[kept], _given_ids(batch)[kept]
     begins = torch.ones_like(sample, dtype=torch.bool)
     begins[1:] = (sample[1:] != sample[:-1]) | (given[1:] != given[:-1])
-    return begins.long().cumsum(0) - 1
+    document = torch.full_like(kept, -1, dtype=torch.int64)
+    document[kept] = begins.long().cumsum(0) - 1
+    return document, int(begins.sum())
+
+
+def _document_runs(batch: Batch, rows: Rows) -> Tensor:
+    """(kept rows,) number of the document of every kept row: the sample where no ids were given."""
+    if batch.document_ids is None:
+        return rows.sample[rows.kept]
+    return _document_of_tokens(batch)[0][rows.token[rows.kept]]
 
 
 def count(batch: Batch) -> tuple[int, int, int, tuple[int, ...]]:
     """Kept rows of the longest sample, of all samples, documents, and the placeholders of each kind."""
     rows = _rows(batch)
     length = _per_sample(batch, rows)
-    runs = _document_runs(rows)
     placeholders = tuple(int(_placeholders(batch, c).sum()) for c in range(batch.kind_count))
-    return int(length.max()) if len(length) else 0, int(length.sum()), int(runs[-1]) + 1 if len(runs) else 0, placeholders
+    return int(length.max()) if len(length) else 0, int(length.sum()), _document_of_tokens(batch)[1], placeholders
 
 
 def plan(batch: Batch, width: int, status=RAISE) -> Tensor:
@@ -246,7 +255,7 @@ def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int) -> t
     rows = _rows(batch)
     shape, address, inside = _address(batch, rows, width)
     kept = rows.kept
-    runs = _document_runs(rows)
+    runs = _document_runs(batch, rows)
     given, packed = batch.document_ids is not None, LAYOUTS[batch.layout] == "packed"
 
     def spread(values: Tensor, fill, dtype: torch.dtype, chosen: Tensor = kept) -> Tensor:
@@ -263,7 +272,7 @@ def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int) -> t
     index = torch.arange(len(runs), device=runs.device)
     begins = torch.ones_like(runs, dtype=torch.bool)
     begins[1:] = runs[1:] != runs[:-1]
-    position = index - index[begins][runs] if len(runs) else index
+    position = index - index[begins].repeat_interleave(torch.unique_consecutive(runs, return_counts=True)[1])
     document = per_kept(runs) if given and packed else rows.given_id
 
     def make(name: str) -> Tensor:
@@ -320,17 +329,14 @@ def report(record: tuple[int, ...] | None, status) -> None:
 
 def find_error(batch: Batch, width: int) -> tuple[int, ...] | None:
     """The record of the first bad sample, of totals that do not agree, of documents, of a length too small; or None."""
-    samples = batch.tokens.shape[0]
-    in_sample = [_placeholders(batch, c).view(samples, -1).sum(1).tolist() for c in range(batch.kind_count)]
+    in_sample = [_placeholders(batch, c).view(batch.tokens.shape).sum(1).tolist() for c in range(batch.kind_count)]
     found = [f for c in range(batch.kind_count) for f in _kind_errors(batch, c, in_sample[c])]
-    bad_samples = [f for f in found if f[1] >= 0]
+    returning = _returning_document(batch)
+    bad_samples = [f for f in (*found, returning) if f is not None and f[1] >= 0]
     if bad_samples:
-        return min(bad_samples, key=lambda f: (f[1], f[2]))
+        return min(bad_samples, key=lambda f: f[1])  # of equal samples the first: kinds in order, then documents
     if found:
         return found[0]
-    returning = _returning_document(batch)
-    if returning:
-        return returning
     if LAYOUTS[batch.layout] != "keep":
         length = _per_sample(batch, _rows(batch)).tolist()
         if LAYOUTS[batch.layout] == "packed" and sum(length) > width:
@@ -600,7 +606,7 @@ def _candidates(document_ids: Tensor, docs: _Documents, image_ids, attend, prefi
             found.append((torch.where(is_image, first, 0), torch.where(is_image, after, 0)))
     found.append((lo, hi))
     if sinks:
-        found.append((start, torch.minimum(start + sinks, row + 1 if kind == _CAUSAL else stop)))
+        found.append((start, torch.minimum(start + sinks, row + 1)))
     own = document_ids.clamp(min=0).long()
     if prefix_lengths is not None:
         length = torch.as_tensor(prefix_lengths, device=document_ids.device)

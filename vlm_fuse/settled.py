@@ -36,6 +36,10 @@ def agree(plan, settings: tuple, input_ids, image_embeds, image_token_id, placeh
 def kinds_of(plan: TokenPlan, image_embeds, image_token_id, whole: bool) -> tuple[forms.Kind, ...]:
     """The kinds of a call in the plan's order; `whole`: all of them must be there."""
     tokens = plan.kind_tokens
+    if type(image_embeds) is Tensor and len(tokens) == 1 and (image_token_id is None or image_token_id == tokens[0]) and not plan.masked_by_tensor:
+        kind = forms.describe(image_embeds, tokens[0], None, None, plan.scheme)[0]
+        _check_rows(plan, kind, 0)
+        return (kind,)
     if image_token_id is not None and (plan.masked_by_tensor or (image_token_id != tokens and image_token_id not in tokens)):
         made = "a placeholder_mask" if plan.masked_by_tensor else f"image_token_id={tokens}"
         raise ValueError(f"image_token_id: {image_token_id!r} contradicts the plan, which was made with {made}; leave it out or make another plan")
@@ -53,23 +57,26 @@ def kinds_of(plan: TokenPlan, image_embeds, image_token_id, whole: bool) -> tupl
     unknown = [token for token in by_token if token not in tokens]
     if unknown:
         raise ValueError(f"image_embeds: {unknown[0]} is no kind of the plan, which has {tokens}")
-    starts = plan.feature_starts
     ordered = []
     for index, token in enumerate(tokens):
         kind = by_token.get(token)
-        wanted = starts[index + 1] - starts[index]
         if kind is None:
             kind = forms.Kind(token, (), 0, -1, -1, None)
             if not whole:
                 ordered.append(kind)
                 continue
-        if kind.rows != wanted and not (kind.rows > wanted and plan.unused_features == "allow"):
-            raise ValueError(
-                f"image_embeds: {kind.rows} feature rows for placeholder id {token}, but the plan was made for {wanted}; "
-                "give the rows of the plan's batch, or make another plan"
-            )
+        _check_rows(plan, kind, index)
         ordered.append(kind)
     return tuple(ordered)
+
+
+def _check_rows(plan: TokenPlan, kind: forms.Kind, index: int) -> None:
+    wanted = plan._batch.kind(index)[2]
+    if kind.rows != wanted and not (kind.rows > wanted and plan.unused_features == "allow"):
+        raise ValueError(
+            f"image_embeds: {kind.rows} feature rows for placeholder id {kind.token}, but the plan was made for {wanted}; "
+            "give the rows of the plan's batch, or make another plan"
+        )
 
 
 def sources(plan: TokenPlan, kinds, input_ids: Tensor | None, inputs_embeds, weight, embed_scale, text) -> None:
