@@ -101,10 +101,11 @@ def _kind_of_samples(
         own = tl.load(feature_counts + kind * samples + sample, mask=here, other=0)
         stop = tl.load(count_ends + kind * samples + sample, mask=here, other=0)
         asked = wanted
+        if SCHEME == IMAGES_FIRST:
+            asked = wanted * 0
+        told = asked  # placeholders, where an image is cut
         differs = here & (asked < asked)
         cut = differs
-        if SCHEME == IMAGES_FIRST:
-            asked = asked * 0
         if SCHEME == EXPAND:
             # the rows of the images that the sample's placeholders name, beginning where the sample's rows begin
             if mode_of(MODES, kind) != UNKNOWN:
@@ -124,12 +125,9 @@ def _kind_of_samples(
                 cut = here & (_is_border(image_ends, kinds, kind, stop, search_steps, MODES) == 0) & (stop <= rows)
             else:
                 cut = here & (stop != 0) & (stop <= rows)
-            if SCHEME == IMAGES_FIRST:
-                wanted = wanted * 0
         code = tl.where(counted > 0, tl.where(cut, _CUT, tl.where(differs, _DIFFER, 0)), code)
         left = tl.where(counted > 0, own, left)
-        asked = tl.where(cut, wanted, asked)
-        wanted = tl.where(counted > 0, asked, wanted)
+        wanted = tl.where(counted > 0, tl.where(cut, told, asked), wanted)
     return code, wanted, left
 
 
@@ -251,34 +249,36 @@ def returns_kernel(
     code = tl.load(record)
     runs = before_chunk(summary, 2 * K + STARTS, chunks, chunks, CHUNKS)
     found = tl.full((), _NEVER, tl.int64)
-    if (code == 0) | (code == _LONG):
-        if before_chunk(summary, 2 * K + FALLS, chunks, chunks, CHUNKS) > 0:
-            at = tl.zeros((), tl.int64)
-            while at < runs:
-                run = at + tl.arange(0, BLOCK)
-                here = run < runs
-                token = tl.load(run_token + run, mask=here, other=0)
-                sample = tl.where(here, token // length, -1)
-                given = tl.load(document_ids + token, mask=here, other=-1)
-                first_sample = tl.min(tl.where(here, sample, 2**31 - 1), 0)
-                earlier = tl.zeros((), tl.int64)
-                while earlier <= at:
-                    before = earlier + tl.arange(0, BLOCK)
-                    last = tl.load(run_token + tl.minimum(earlier + BLOCK, runs) - 1) // length
-                    if last >= first_sample:
-                        there = before < runs
-                        token_before = tl.load(run_token + before, mask=there, other=0)
-                        sample_before = tl.where(there, token_before // length, -2)
-                        given_before = tl.load(document_ids + token_before, mask=there, other=-2)
-                        same = (given[:, None] == given_before[None, :]) & (sample[:, None] == sample_before[None, :])
-                        same = same & (before[None, :] < run[:, None])
-                        hit = tl.max(same.to(tl.int32), 1) > 0
-                        found = tl.minimum(found, tl.min(tl.where(hit, run, _NEVER), 0))
-                    earlier += BLOCK
-                at = tl.where(found < runs, runs, at + BLOCK)
+    if before_chunk(summary, 2 * K + FALLS, chunks, chunks, CHUNKS) > 0:
+        at = tl.zeros((), tl.int64)
+        while at < runs:
+            run = at + tl.arange(0, BLOCK)
+            here = run < runs
+            token = tl.load(run_token + run, mask=here, other=0)
+            sample = tl.where(here, token // length, -1)
+            given = tl.load(document_ids + token, mask=here, other=-1)
+            first_sample = tl.min(tl.where(here, sample, 2**31 - 1), 0)
+            earlier = tl.zeros((), tl.int64)
+            while earlier <= at:
+                before = earlier + tl.arange(0, BLOCK)
+                last = tl.load(run_token + tl.minimum(earlier + BLOCK, runs) - 1) // length
+                if last >= first_sample:
+                    there = before < runs
+                    token_before = tl.load(run_token + before, mask=there, other=0)
+                    sample_before = tl.where(there, token_before // length, -2)
+                    given_before = tl.load(document_ids + token_before, mask=there, other=-2)
+                    same = (given[:, None] == given_before[None, :]) & (sample[:, None] == sample_before[None, :])
+                    same = same & (before[None, :] < run[:, None])
+                    hit = tl.max(same.to(tl.int32), 1) > 0
+                    found = tl.minimum(found, tl.min(tl.where(hit, run, _NEVER), 0))
+                earlier += BLOCK
+            at = tl.where(found < runs, runs, at + BLOCK)
     if tl.load(status) == 0:
-        if found < runs:
-            token = tl.load(run_token + found)
+        # the first bad sample wins, and any sample wins over totals and the length
+        token = tl.load(run_token + tl.minimum(found, runs - 1), mask=runs > 0, other=0)
+        bad_sample = tl.load(record + 1)
+        beats = (code == 0) | (code == _LONG) | (bad_sample < 0) | (token // length < bad_sample)
+        if (found < runs) & beats:
             _write(status, _RETURNS, token // length, 0, 0, 0, 0, 0, tl.load(document_ids + token).to(tl.int64))
         else:
             for field in tl.static_range(8):

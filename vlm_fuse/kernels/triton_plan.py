@@ -388,7 +388,7 @@ def rows_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def totals_kernel(
     summary, at_sample, block_ends, prefix, totals, samples, length, chunk, chunks,
-    K: tl.constexpr, SCHEME: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    K: tl.constexpr, SCHEME: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The one program owns the totals: longest sample, rows, documents, placeholders of each kind."""
     number = tl.arange(0, CHUNKS)
@@ -397,7 +397,6 @@ def totals_kernel(
     tl.debug_barrier()
     total = tl.sum(values, 0)
     longest = tl.zeros((), tl.int64)
-    documents = tl.zeros((), tl.int64)
     at = tl.zeros((), tl.int64)
     while at < samples:
         sample = at + tl.arange(0, BLOCK)
@@ -412,15 +411,12 @@ def totals_kernel(
             rows += tl.load(block_ends + sample + 1, mask=here, other=0) - tl.load(block_ends + sample, mask=here, other=0)
         rows = tl.where(here, rows, 0)
         longest = tl.maximum(longest, tl.max(rows, 0))
-        documents += tl.sum((rows > 0).to(tl.int64), 0)
         at += BLOCK
     if SCHEME == IMAGES_FIRST:
         total += tl.load(block_ends + samples)
-    if DOCUMENTS:
-        documents = before_chunk(summary, 2 * K + STARTS, chunks, chunks, CHUNKS)
     tl.store(totals, longest)
     tl.store(totals + 1, total)
-    tl.store(totals + 2, documents)
+    tl.store(totals + 2, before_chunk(summary, 2 * K + STARTS, chunks, chunks, CHUNKS))
     for c in tl.static_range(K):
         tl.store(totals + 3 + c, before_chunk(summary, c, chunks, chunks, CHUNKS))
 
@@ -447,6 +443,7 @@ class _Counted(NamedTuple):
     chunks: int
     samples: int
     length: int
+    open: bool  # document starts are counted (always where ids are given)
 
 
 def _bytes(tensor: Tensor | None) -> Tensor | None:
@@ -470,6 +467,8 @@ def _never_empty(batch: Batch) -> Batch:
         document_ids=ids,
         labels=labels,
         feature_counts=counts if samples else None,
+        # without samples no image is anybody's
+        scheme=batch.scheme if samples or SCHEMES[batch.scheme] == "placeholders" else SCHEMES.index("expand"),
     )
 
 
@@ -479,8 +478,8 @@ def _kind_fields(batch: Batch) -> tuple[list[int], int, int]:
     modes = listed = most = 0
     for c in range(batch.kind_count):
         token, first, rows, images, each = batch.kind(c)
-        if images == 0:
-            each = 0  # an empty list needs no tensor
+        if images == 0 or (images < 0 and SCHEMES[batch.scheme] == "expand"):
+            images = each = 0  # an empty list needs no tensor
         fields += [token, first, rows, images, each, listed]
         if images >= 0:
             modes |= (1 if each >= 0 else 2) << (2 * c)
@@ -509,7 +508,7 @@ def _blocks(batch: Batch) -> Tensor:
     return starts
 
 
-def _count(batch: Batch, runs: bool) -> _Counted:
+def _count(batch: Batch, runs: bool, documents: bool = False) -> _Counted:
     batch = _never_empty(batch)
     samples, length = batch.tokens.shape
     total, kinds = samples * length, batch.kind_count
@@ -536,12 +535,13 @@ def _count(batch: Batch, runs: bool) -> _Counted:
         triton.cdiv(total, chunk),
         samples,
         length,
+        batch.document_ids is not None or documents,
     )
     for of_tokens in (True, False) if expand else (True,):
         count_kernel[(counted.chunks,)](
             counted.tokens, counted.attention_mask, batch.document_ids, counted.image_ends, _counts(counted), counted.count_ends,
             counted.kinds, counted.summary, counted.at_sample, samples, length, total, chunk, counted.chunks, counted.search_steps,
-            kinds, batch.scheme, modes, of_tokens, runs and not expand, kinds > 0, BLOCK, CHUNKS, num_warps=4,
+            kinds, batch.scheme, modes, of_tokens, runs and not expand, counted.open, kinds > 0, BLOCK, CHUNKS, num_warps=4,
         )  # fmt: skip
     return counted
 
@@ -553,13 +553,13 @@ def _counts(counted: _Counted) -> Tensor | None:
 def count(batch: Batch) -> tuple[int, int, int, tuple[int, ...]]:
     """Kept rows of the longest sample, of all samples, documents, and the placeholders of each kind. Waits for the device."""
     with on_device_of(batch.tokens):
-        counted = _count(batch, False)
+        counted = _count(batch, False, documents=True)
         totals = torch.empty(3 + batch.kind_count, dtype=torch.int64, device=batch.tokens.device)
         prefix = torch.empty(CHUNKS, dtype=torch.int64, device=batch.tokens.device)
         totals_kernel[(1,)](
             counted.summary, counted.at_sample, counted.block_ends, prefix, totals,
             counted.samples, counted.length, counted.chunk, counted.chunks,
-            batch.kind_count, batch.scheme, batch.document_ids is not None, BLOCK, CHUNKS, num_warps=4,
+            batch.kind_count, counted.batch.scheme, BLOCK, CHUNKS, num_warps=4,
         )  # fmt: skip
         longest, rows, documents, *placeholders = totals.tolist()
     return longest, rows, documents, tuple(placeholders)

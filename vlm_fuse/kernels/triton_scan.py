@@ -189,13 +189,14 @@ def expanded(
 def count_kernel(
     tokens, attention_mask, document_ids, image_ends, feature_counts, count_ends, kinds, summary, at_sample,
     samples, length, count, chunk, chunks, search_steps,
-    K: tl.constexpr, SCHEME: tl.constexpr, MODES: tl.constexpr, TOKENS: tl.constexpr, RUNS: tl.constexpr, PRESENT: tl.constexpr,
+    K: tl.constexpr, SCHEME: tl.constexpr, MODES: tl.constexpr, TOKENS: tl.constexpr, RUNS: tl.constexpr, OPEN: tl.constexpr, PRESENT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A program owns the summary of one chunk of tokens, and the counts at the samples that begin in it.
 
     TOKENS: placeholders, runs and document starts are counted, and rows too unless the scheme is expand, where an image's
     size is known only once its placeholder has a number; a second launch without TOKENS then counts the rows.
+    OPEN: document starts are counted: kept tokens of another id than the kept one before them, or the first of their sample.
     """
     here_chunk = tl.program_id(0)
     low = here_chunk.to(tl.int64) * chunk
@@ -255,17 +256,19 @@ def count_kernel(
         if SCHEME != EXPAND or not TOKENS:
             tl.store(at_sample + K * samples + sample, row_before, mask=begins_sample)
             rows = rows + tl.sum(gives, 0)
-        if document_ids is not None:
+        if OPEN:
             if (last_kept == -2) & (tl.max(kept.to(tl.int32), 0) > 0):
                 last_kept = last_kept_before(attention_mask, document_ids, low, first_sample * length, BLOCK)
             behind = token - 1
             kept_behind = kept_of(attention_mask, document_ids, behind, here & (behind >= low))
             previous = tl.maximum(running_max(tl.where(kept_behind, behind, -1)), last_kept)
             joined = kept & (previous >= sample * length)
-            own = tl.load(document_ids + token, mask=kept, other=0)
-            other = tl.load(document_ids + previous, mask=joined, other=0)
-            begins = kept & ((joined & (own == other)) == 0)
-            falls += tl.sum((joined & (own < other)).to(tl.int64), 0)
+            begins = kept & (joined == 0)
+            if document_ids is not None:
+                own = tl.load(document_ids + token, mask=kept, other=0)
+                other = tl.load(document_ids + previous, mask=joined, other=0)
+                begins = kept & ((joined & (own == other)) == 0)
+                falls += tl.sum((joined & (own < other)).to(tl.int64), 0)
             starts += tl.sum(begins.to(tl.int64), 0)
             last_start = tl.maximum(last_start, tl.max(tl.where(begins, row_before, -1), 0))
             newest = tl.max(tl.where(kept, token, -1), 0)
