@@ -14,6 +14,7 @@ from .triton_scan import (
     STARTS,
     UNKNOWN,
     before_chunk,
+    divide,
     ends_up_to,
     field_of,
     image_start,
@@ -45,7 +46,7 @@ def _at_sample(at_sample, prefix, field, sample, here, samples, length, chunk, t
     """A count before the first token of a sample; `total` behind the last sample."""
     inside = here & (sample < samples)
     local = tl.load(at_sample + field * samples + sample, mask=inside, other=0)
-    base = tl.load(prefix + field * CHUNKS + sample * length // chunk, mask=inside, other=0)
+    base = tl.load(prefix + field * CHUNKS + divide(sample * length, chunk), mask=inside, other=0)
     return tl.where(inside, local + base, total)
 
 
@@ -55,7 +56,7 @@ def _is_border(image_ends, kinds, kind: tl.constexpr, row, search_steps, MODES: 
     images = field_of(kinds, kind, 3)
     if mode_of(MODES, kind) == EACH:
         each = field_of(kinds, kind, 4)
-        border = (row % tl.maximum(each, 1) == 0) & (row <= images * each)
+        border = (divide(row, tl.maximum(each, 1)) * each == row) & (row <= images * each)
     else:
         offset = field_of(kinds, kind, 5)
         base = listed_base(image_ends, offset)
@@ -255,17 +256,17 @@ def returns_kernel(
             run = at + tl.arange(0, BLOCK)
             here = run < runs
             token = tl.load(run_token + run, mask=here, other=0)
-            sample = tl.where(here, token // length, -1)
+            sample = tl.where(here, divide(token, length), -1)
             given = tl.load(document_ids + token, mask=here, other=-1)
             first_sample = tl.min(tl.where(here, sample, 2**31 - 1), 0)
             earlier = tl.zeros((), tl.int64)
             while earlier <= at:
                 before = earlier + tl.arange(0, BLOCK)
-                last = tl.load(run_token + tl.minimum(earlier + BLOCK, runs) - 1) // length
+                last = divide(tl.load(run_token + tl.minimum(earlier + BLOCK, runs) - 1), length)
                 if last >= first_sample:
                     there = before < runs
                     token_before = tl.load(run_token + before, mask=there, other=0)
-                    sample_before = tl.where(there, token_before // length, -2)
+                    sample_before = tl.where(there, divide(token_before, length), -2)
                     given_before = tl.load(document_ids + token_before, mask=there, other=-2)
                     same = (given[:, None] == given_before[None, :]) & (sample[:, None] == sample_before[None, :])
                     same = same & (before[None, :] < run[:, None])
@@ -277,9 +278,9 @@ def returns_kernel(
         # the first bad sample wins, and any sample wins over totals and the length
         token = tl.load(run_token + tl.minimum(found, runs - 1), mask=runs > 0, other=0)
         bad_sample = tl.load(record + 1)
-        beats = (code == 0) | (code == _LONG) | (bad_sample < 0) | (token // length < bad_sample)
+        beats = (code == 0) | (code == _LONG) | (bad_sample < 0) | (divide(token, length) < bad_sample)
         if (found < runs) & beats:
-            _write(status, _RETURNS, token // length, 0, 0, 0, 0, 0, tl.load(document_ids + token).to(tl.int64))
+            _write(status, _RETURNS, divide(token, length), 0, 0, 0, 0, 0, tl.load(document_ids + token).to(tl.int64))
         else:
             for field in tl.static_range(8):
                 if code > 0:

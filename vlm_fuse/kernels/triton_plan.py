@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..batch import IGNORE_INDEX, LAYOUTS, PAD, RAISE, SCHEMES, Batch, RecordedError
 from .triton_check import check_samples, returns_kernel
-from .triton_launch import INTERPRETED, on_device_of
+from .triton_launch import INTERPRETED, SCAN, on_device_of
 from .triton_scan import (
     BLOCK,
     CHUNKS,
@@ -35,6 +35,7 @@ from .triton_scan import (
     add_lane,
     before_chunk,
     count_kernel,
+    divide,
     encode_kinds,
     expanded,
     field_of,
@@ -116,10 +117,10 @@ def tokens_kernel(
     else:
         low = here_chunk.to(tl.int64) * chunk
         high = tl.minimum(low + chunk, count)
-        first_sample = low // length
-        first_chunk = (first_sample * length) // chunk
-        after_sample = (high - 1) // length + 1
-        after_chunk = (after_sample * length) // chunk
+        first_sample = divide(low, length)
+        first_chunk = divide(first_sample * length, chunk)
+        after_sample = divide(high - 1, length) + 1
+        after_chunk = divide(after_sample * length, chunk)
         placeholders = tl.zeros((KIND_LANES,), tl.int64)
         at_first = tl.zeros((KIND_LANES,), tl.int64)
         runs = tl.zeros((KIND_LANES,), tl.int64)
@@ -151,18 +152,18 @@ def tokens_kernel(
         last_kept = tl.full((), -1, tl.int64)
         if DOCUMENTS:
             run = before_chunk(summary, 2 * K + STARTS, here_chunk, chunks, CHUNKS)
-            number = tl.arange(0, CHUNKS)
-            local = tl.load(summary + (2 * K + LAST_START) * CHUNKS + number, mask=number < chunks, other=-1)
-            opened = tl.max(tl.where((local >= 0) & (number < here_chunk), number, -1), 0)
+            lane = tl.arange(0, CHUNKS)
+            local = tl.load(summary + (2 * K + LAST_START) * CHUNKS + lane, mask=lane < chunks, other=-1)
+            opened = tl.max(tl.where((local >= 0) & (lane < here_chunk), lane, -1), 0)
             if opened >= 0:
                 begun_row = before_chunk(summary, 2 * K + ROWS, opened, chunks, CHUNKS) + tl.load(summary + (2 * K + LAST_START) * CHUNKS + opened)
-            kept_last = tl.load(summary + (2 * K + LAST_KEPT) * CHUNKS + number, mask=number < here_chunk, other=-1)
+            kept_last = tl.load(summary + (2 * K + LAST_KEPT) * CHUNKS + lane, mask=lane < here_chunk, other=-1)
             last_kept = tl.max(kept_last, 0)
         at = low
         while at < high:
             token = at + tl.arange(0, BLOCK)
             here = token < high
-            sample = token // length
+            sample = divide(token, length)
             begins_sample = here & (token - sample * length == 0)
             kept = kept_of(attention_mask, document_ids, token, here)
             gives = kept.to(tl.int64)
@@ -229,16 +230,16 @@ def tokens_kernel(
                 joined = kept & (previous >= sample * length)
                 own_id = tl.load(document_ids + token, mask=kept, other=0)
                 begins = kept & ((joined & (own_id == tl.load(document_ids + previous, mask=joined, other=0))) == 0)
-                number = run + tl.cumsum(begins.to(tl.int32), 0).to(tl.int64) - 1
+                opened_number = run + tl.cumsum(begins.to(tl.int32), 0).to(tl.int64) - 1
                 start_row = tl.maximum(running_max(tl.where(begins, before, -1)), begun_row)
                 if PACKED:
-                    document = number
+                    document = opened_number
                 else:
                     document = own_id.to(tl.int64)
                 if run_token is not None:
-                    tl.store(run_token + number, token.to(tl.int32), mask=begins)
+                    tl.store(run_token + opened_number, token.to(tl.int32), mask=begins)
                 if cu_seqlens is not None:
-                    tl.store(cu_seqlens + number, before.to(tl.int32), mask=begins & (number <= documents_wanted))
+                    tl.store(cu_seqlens + opened_number, before.to(tl.int32), mask=begins & (opened_number <= documents_wanted))
                 if run_of_token is not None:
                     tl.store(run_of_token + token, document.to(tl.int32), mask=here)
                 # the padding behind the last kept token of the sample
@@ -278,12 +279,12 @@ def tokens_kernel(
             if row_start is not None:
                 tl.store(row_start + samples, total_rows)
             if cu_seqlens is not None:
-                first = samples
+                first = tl.zeros((), tl.int64) + samples
                 if DOCUMENTS:
                     first = run
                 while first <= documents_wanted:
-                    number = first + tl.arange(0, BLOCK)
-                    tl.store(cu_seqlens + number, total_rows.to(tl.int32) + tl.zeros((BLOCK,), tl.int32), mask=number <= documents_wanted)
+                    behind_all = first + tl.arange(0, BLOCK)
+                    tl.store(cu_seqlens + behind_all, total_rows.to(tl.int32) + tl.zeros((BLOCK,), tl.int32), mask=behind_all <= documents_wanted)
                     first += BLOCK
     # written once: chunks tile the tokens, every sample and document begins in one chunk, what lies behind them is the last chunk's
 
@@ -307,7 +308,7 @@ def rows_kernel(
         high = low + samples
         for _ in range(sample_steps):
             # the last sample that does not begin behind the row
-            middle = (low + high) // 2
+            middle = (low + high) >> 1
             open_ = high - low > 1
             goes = tl.load(row_start + middle, mask=here & open_, other=0) <= row
             low, high = tl.where(open_ & goes, middle, low), tl.where(open_ & (goes == 0), middle, high)
@@ -315,7 +316,7 @@ def rows_kernel(
         ordinal = row
         tail = row - total
     else:
-        sample = row // width
+        sample = divide(row, width)
         column = row - sample * width
         first = tl.load(row_start + sample, mask=here, other=0)
         given = tl.load(row_start + sample + 1, mask=here, other=0) - first
@@ -355,7 +356,7 @@ def rows_kernel(
     low = sample * length
     high = low + length
     for _ in range(token_steps):
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         open_ = inside & (high - low > 1)
         goes = tl.load(row_before + middle, mask=open_, other=0) <= ordinal
         low, high = tl.where(open_ & goes, middle, low), tl.where(open_ & (goes == 0), middle, high)
@@ -403,9 +404,9 @@ def totals_kernel(
         here = sample < samples
         follows = sample + 1 < samples
         begin = tl.load(at_sample + K * samples + sample, mask=here, other=0)
-        begin += tl.load(prefix + sample * length // chunk, mask=here, other=0)
+        begin += tl.load(prefix + divide(sample * length, chunk), mask=here, other=0)
         end = tl.load(at_sample + K * samples + sample + 1, mask=follows, other=0)
-        end = tl.where(follows, end + tl.load(prefix + (sample + 1) * length // chunk, mask=follows, other=0), total)
+        end = tl.where(follows, end + tl.load(prefix + divide((sample + 1) * length, chunk), mask=follows, other=0), total)
         rows = end - begin
         if SCHEME == IMAGES_FIRST:
             rows += tl.load(block_ends + sample + 1, mask=here, other=0) - tl.load(block_ends + sample, mask=here, other=0)
@@ -541,7 +542,7 @@ def _count(batch: Batch, runs: bool, documents: bool = False) -> _Counted:
         count_kernel[(counted.chunks,)](
             counted.tokens, counted.attention_mask, batch.document_ids, counted.image_ends, _counts(counted), counted.count_ends,
             counted.kinds, counted.summary, counted.at_sample, samples, length, total, chunk, counted.chunks, counted.search_steps,
-            kinds, batch.scheme, modes, of_tokens, runs and not expand, counted.open, kinds > 0, BLOCK, CHUNKS, num_warps=4,
+            kinds, batch.scheme, modes, of_tokens, runs and not expand, counted.open, kinds > 0, BLOCK, CHUNKS, **SCAN,
         )  # fmt: skip
     return counted
 
@@ -559,7 +560,7 @@ def count(batch: Batch) -> tuple[int, int, int, tuple[int, ...]]:
         totals_kernel[(1,)](
             counted.summary, counted.at_sample, counted.block_ends, prefix, totals,
             counted.samples, counted.length, counted.chunk, counted.chunks,
-            batch.kind_count, counted.batch.scheme, BLOCK, CHUNKS, num_warps=4,
+            batch.kind_count, counted.batch.scheme, BLOCK, CHUNKS, **SCAN,
         )  # fmt: skip
         longest, rows, documents, *placeholders = totals.tolist()
     return longest, rows, documents, tuple(placeholders)
@@ -604,12 +605,12 @@ def _make(batch: Batch, width: int, names: tuple[str, ...], documents: int, stat
         *own, prefix, record, status if check else None,
         samples, length, total, counted.chunk, counted.chunks, counted.search_steps, width, last,
         batch.kind_count, batch.scheme, counted.modes, images, given, keep, packed, batch.unused, int(check), BLOCK, CHUNKS,
-        num_warps=4,
+        **SCAN,
     )  # fmt: skip
     if check and given:
         returns_kernel[(1,)](
             batch.document_ids, run_token, counted.summary, record, status, length, counted.chunks,
-            batch.kind_count, 16 if INTERPRETED.value else 128, CHUNKS, num_warps=4,
+            batch.kind_count, 16 if INTERPRETED.value else 32, CHUNKS, **SCAN,
         )  # fmt: skip
     rows = shape[0] * width
     if not keep and rows and facts_out != [None] * len(facts_out):
@@ -617,7 +618,7 @@ def _make(batch: Batch, width: int, names: tuple[str, ...], documents: int, stat
             counted.tokens, batch.document_ids, counted.image_ends, counted.block_ends, counted.block_starts, counted.kinds,
             row_start, row_before, first_feature, image_of_token, document_row, run_of_token, *facts_out,
             samples, length, rows, width, counted.search_steps, samples.bit_length(), length.bit_length(),
-            batch.kind_count, batch.scheme, counted.modes, images, given, packed, batch.left, BLOCK, num_warps=4,
+            batch.kind_count, batch.scheme, counted.modes, images, given, packed, batch.left, BLOCK, **SCAN,
         )  # fmt: skip
     return out
 

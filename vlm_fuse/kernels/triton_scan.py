@@ -36,6 +36,12 @@ def encode_kinds(fields: list[int]) -> tuple[int, ...]:
 
 
 @triton.jit
+def divide(a, b):
+    """a // b of numbers in [0, 2**32): a 64-bit division is a call, and its registers are spilled."""
+    return (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int64)
+
+
+@triton.jit
 def field_of(kinds, kind: tl.constexpr, FIELD: tl.constexpr):
     return tl.zeros((), tl.int64) + ((kinds[kind * KIND_FIELDS + FIELD] - 3) >> 1)
 
@@ -103,7 +109,7 @@ def ends_up_to(image_ends, offset, images, base, value, search_steps):
     low = value * 0
     high = low + tl.maximum(images, 0)
     for _ in range(search_steps):
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         open_ = low < high
         end = tl.load(image_ends + offset + middle, mask=open_, other=0) - base
         low, high = tl.where(open_ & (end <= value), middle + 1, low), tl.where(open_ & (end > value), middle, high)
@@ -122,7 +128,7 @@ def image_with_row(image_ends, kinds, kind: tl.constexpr, row, search_steps, MOD
     images = field_of(kinds, kind, 3)
     if mode_of(MODES, kind) == EACH:
         each = field_of(kinds, kind, 4)
-        image = tl.where(each > 0, row // tl.maximum(each, 1), images)
+        image = tl.where(each > 0, divide(row, tl.maximum(each, 1)), images)
     else:
         offset = field_of(kinds, kind, 5)
         image = ends_up_to(image_ends, offset, images, listed_base(image_ends, offset), row, search_steps)
@@ -135,7 +141,7 @@ def images_beginning_before(image_ends, kinds, kind: tl.constexpr, row, search_s
     images = field_of(kinds, kind, 3)
     if mode_of(MODES, kind) == EACH:
         each = field_of(kinds, kind, 4)
-        number = tl.where(each > 0, (row + each - 1) // tl.maximum(each, 1), images)
+        number = tl.where(each > 0, divide(row + each - 1, tl.maximum(each, 1)), images)
     else:
         offset = field_of(kinds, kind, 5)
         number = 1 + ends_up_to(image_ends, offset, images - 1, listed_base(image_ends, offset), row - 1, search_steps)
@@ -205,9 +211,9 @@ def count_kernel(
     base = tl.zeros((KIND_LANES,), tl.int64)
     at_first = tl.zeros((KIND_LANES,), tl.int64)
     runs = tl.zeros((KIND_LANES,), tl.int64)
-    first_sample = low // length
+    first_sample = divide(low, length)
     if not TOKENS:
-        first_chunk = (first_sample * length) // chunk
+        first_chunk = divide(first_sample * length, chunk)
         for c in tl.static_range(K):
             base = add_lane(base, c, before_chunk(summary, c, here_chunk, chunks, CHUNKS))
             begun = before_chunk(summary, c, first_chunk, chunks, CHUNKS) + tl.load(at_sample + c * samples + first_sample)
@@ -221,7 +227,7 @@ def count_kernel(
     while at < high:
         token = at + tl.arange(0, BLOCK)
         here = token < high
-        sample = token // length
+        sample = divide(token, length)
         begins_sample = here & (token - sample * length == 0)
         kept = kept_of(attention_mask, document_ids, token, here)
         gives = kept.to(tl.int64)

@@ -1,0 +1,2 @@
+"""placeholder"""
+def intervals(*a): raise NotImplementedError("intervals")
