@@ -1,5 +1,6 @@
 """merge forward: every row against the loops of oracle.py, in every dtype, from every form of input, into every output."""
 
+import functools
 import itertools
 
 import oracle
@@ -79,6 +80,7 @@ def test_out_decides_the_dtype(text, feature, wanted, backend, device):
     assert_equal(out.cpu(), expected_rows(case.tensors(), wanted), "out")
 
 
+@functools.cache
 def every_pattern(dtype) -> torch.Tensor:
     """All bit patterns of a 16-bit dtype; of the wider ones those around what the narrow ones can hold."""
     if dtype in (torch.bfloat16, torch.float16):
