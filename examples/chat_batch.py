@@ -33,11 +33,12 @@ class Photo:
     patches: int
 
 
-# one chat a sample: turns of (what the user sends, what the assistant answers); one sample has no picture at all
+# one chat a sample: turns of (what the user sends, what the assistant answers); two of them have no picture
 CHATS = (
     [
-        ([Photo("china", 40), "What kind of building is this?"],
-         "A pagoda of three storeys with glazed tiles on its roofs. It stands on a hill above a wide lake."),
+        ([Photo("china", 36), "What kind of building is this?"],
+         "A pagoda with several storeys, one smaller than the other, and green and yellow glazed tiles on its roofs. "
+         "The columns are red. It stands on a hill among trees, high above a wide lake."),
         (["Is there anything on the water?"], "Yes, a few boats, and an island far out."),
     ],
     [
@@ -46,6 +47,22 @@ CHATS = (
     ],
     [
         (["How many days are there in a leap year?"], "366."),
+    ],
+    [
+        (["Explain to a child why there are leap years at all. Take your time."],
+         "A year is the time that the earth needs to go once around the sun. A day is the time that it needs to turn "
+         "once around itself. Nobody has made these two fit: while the earth goes around the sun it turns 365 times "
+         "and then about a quarter of a turn more. If every year had 365 days, we would lose that quarter each time. "
+         "After four years we would be a whole day early, after a hundred years nearly a month, and one day the snow "
+         "would fall in what the calendar calls July.\n\nSo we save the quarters up. After four years they make a "
+         "day, and we put it at the end of February, the shortest month. That year has 366 days. It is a little too "
+         "much, though, because the rest is not quite a quarter, and that is why most years that end in two zeros go "
+         "without: 1900 was no leap year, 2100 will be none. But 2000 was one, since every fourth of them keeps its "
+         "day after all."),
+        (["And who found that out?"],
+         "The quarter was known in Egypt long before our calendar. Julius Caesar gave Rome a leap year every four "
+         "years, on the advice of Sosigenes, an astronomer from Alexandria. The rule about the hundreds came in 1582 "
+         "under Pope Gregory XIII: by then spring had moved by ten days, and ten days were left out to mend it."),
     ],
     [
         ([Photo("motorcycle_left", 26), Photo("motorcycle_right", 26), "Which one was taken from further left?"],

@@ -117,17 +117,17 @@ def check_gradients(batch: ChatBatch, hidden: int) -> str:
 
 
 def crop(batch: ChatBatch) -> ChatBatch:
-    """The last CROP tokens of every chat, and the patches of the placeholders among them, as one tensor a chat."""
-    cut = batch.input_ids[:, -CROP:] == batch.image_token_id
-    of_chat = (batch.input_ids == batch.image_token_id).sum(1).tolist()
-    last = [rows[len(rows) - n :] for rows, n in zip(torch.cat(batch.patches).split(of_chat), cut.sum(1).tolist())]
-    return replace(
-        batch,
-        input_ids=batch.input_ids[:, -CROP:].clone(),
-        attention_mask=batch.attention_mask[:, -CROP:].clone(),
-        labels=batch.labels[:, -CROP:].clone(),
-        patches=last,
+    """CROP tokens of every chat, from just before its first one on, and the patches of the placeholders among them."""
+    last = batch.input_ids.shape[1] - CROP
+    starts = [min(max(int(mask.argmax()) - 4, 0), last) for mask in batch.attention_mask]
+    input_ids, attention_mask, labels = (
+        torch.stack([row[start : start + CROP] for row, start in zip(rows, starts)])
+        for rows in (batch.input_ids, batch.attention_mask, batch.labels)
     )
+    of_chat = (batch.input_ids == batch.image_token_id).sum(1).tolist()
+    in_crop = (input_ids == batch.image_token_id).sum(1).tolist()
+    patches = [rows[:n] for rows, n in zip(torch.cat(batch.patches).split(of_chat), in_crop)]
+    return replace(batch, input_ids=input_ids, attention_mask=attention_mask, labels=labels, patches=patches)
 
 
 def check_interpreter(batch: ChatBatch) -> str:

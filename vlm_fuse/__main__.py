@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from . import __version__
 from .backend import VARIABLE, backends
 
-PACKAGES = ("vlm_fuse", "torch", "triton", "numpy", "transformers")
+PACKAGES = ("torch", "triton", "numpy", "transformers")
 
 
 def _version(package: str) -> str:
@@ -30,7 +31,7 @@ def _gpus() -> str:
 
 def info() -> str:
     """The report as text, one fact a line."""
-    facts = {name: _version(name) for name in PACKAGES}
+    facts = {"vlm_fuse": __version__, **{name: _version(name) for name in PACKAGES}}
     facts["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     facts["GPU"] = _gpus()
     facts[VARIABLE] = os.environ.get(VARIABLE) or "not set"
