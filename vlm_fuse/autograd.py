@@ -103,10 +103,9 @@ def _gradients(grad: Tensor, call: RowCall, likes: Likes, needs_table: bool, nee
             kernels, grad, source_index, text_index, tokens, scale, starts, add, likes.table, likes.is_weight, needs_table, likes.features, needs_features
         )
         return [grad_table, *grad_features]
-    sizes = [size for shape, _ in likes.features for size in shape]
     made = torch.ops.vlm_fuse.merge_rows_backward(
         grad, source_index, text_index, tokens, scale, list(starts), add, list(likes.table[0]), likes.table[1], likes.is_weight, needs_table,
-        sizes, [len(shape) for shape, _ in likes.features], [dtype for _, dtype in likes.features], list(needs_features), backend,
+        *ops.feature_lists(likes.features), list(needs_features), backend,
     )  # fmt: skip
     return _spread(made, needs_table, needs_features)
 
@@ -172,6 +171,11 @@ _apply = getattr(super(Function, _MergeRows), "apply", _MergeRows.apply)
 # --- compile, export, modes -------------------------------------------------------------------------------------------
 
 
+def _nothing(numbers):
+    """No gradient for a list of numbers, in the structure that torch.library expects: an empty list stays one."""
+    return None if numbers else []
+
+
 def _setup_forward(ctx, inputs, output):
     text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate, backend = inputs
     table = text if weight is None else weight
@@ -184,21 +188,22 @@ def _setup_forward(ctx, inputs, output):
 def _op_backward(ctx, grad):
     table, *features = _gradients(grad, ctx.call, ctx.likes, ctx.needs_table, ctx.needs_features)
     text, weight = (None, table) if ctx.likes.is_weight else (table, None)
-    return text, weight, None, None, features, None, None, None, None, None, None, None
+    return text, weight, None, None, features, _nothing(ctx.call.starts), None, None, None, None, None, None
 
 
 def _setup_backward(ctx, inputs, output):
     (grad, source_index, text_index, tokens, scale, starts, add, text_size, text_dtype, is_weight, needs_text,
      feature_sizes, feature_dims, feature_dtypes, needs_features, backend) = inputs  # fmt: skip
     ctx.call = RowCall(tokens, scale, tuple(starts), source_index, text_index, add, grad.dtype, "off", backend)
-    ctx.likes = Likes((tuple(text_size), text_dtype), is_weight, tuple(ops.feature_likes(feature_sizes, feature_dims, feature_dtypes)))
+    ctx.likes = Likes((tuple(text_size), text_dtype), is_weight, ops.feature_likes(feature_sizes, feature_dims, feature_dtypes))
     ctx.needs = needs_text, needs_features
     ctx.grad_dtype = grad.dtype
 
 
 def _op_double_backward(ctx, second):
     grad = _double_backward(second, ctx.grad_dtype, ctx.call, ctx.likes, *ctx.needs)
-    return (grad, *(None,) * 15)
+    nothing = _nothing(ctx.call.starts)  # as empty as the lists that describe the features
+    return grad, None, None, None, None, nothing, None, _nothing(ctx.likes.table[0]), None, None, None, nothing, nothing, nothing, nothing, None
 
 
 torch.library.register_autograd("vlm_fuse::merge_rows", _op_backward, setup_context=_setup_forward, lib=ops.library)

@@ -81,14 +81,21 @@ def whole_numbers(name: str, value) -> Tensor:
         if value.dtype not in (*ID_DTYPES, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"{name}: expected integers, got {names([value.dtype])}")
         found = value.reshape(-1).to(torch.int64)
+        least = int(found.min()) if on_host(found) and found.numel() else 0
     else:
         try:
-            found = torch.tensor([operator.index(number) for number in value], dtype=torch.int64)
+            numbers = [operator.index(number) for number in value]
         except TypeError:
             raise TypeError(f"{name}: expected a list of ints or an integer tensor, got {value!r}") from None
-    if found.is_cpu and not torch.compiler.is_compiling() and found.numel() and int(found.min()) < 0:
-        raise ValueError(f"{name}: {int(found.min())} is below 0")
+        found, least = torch.tensor(numbers, dtype=torch.int64), min(numbers, default=0)
+    if least < 0:
+        raise ValueError(f"{name}: {least} is below 0")
     return found
+
+
+def on_host(numbers: Tensor) -> bool:
+    """The values can be read without waiting for a device and without breaking a trace."""
+    return not torch.compiler.is_compiling() and type(numbers) is Tensor and numbers.is_cpu
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def _with_sizes(kind: Kind, given) -> Kind:
     sizes = checks.whole_numbers("image_sizes", given)
     if kind.images >= 0:
         own = kind.sizes if kind.sizes is not None else torch.full((kind.images,), kind.rows_each)
-        if not torch.equal(own, sizes.to(own.device)):
+        if checks.on_host(own) and checks.on_host(sizes) and not torch.equal(own, sizes):
             raise ValueError(f"image_sizes: {sizes.tolist()} differs from the sizes of image_embeds, {own.tolist()}; leave image_sizes out")
         return kind
     return kind._replace(images=sizes.numel(), rows_each=-1, sizes=sizes)
@@ -131,7 +131,7 @@ def settle(kinds: tuple[Kind, ...], counts: Tensor | None, scheme: str, unused: 
     settled = []
     for index, kind in enumerate(kinds):
         own = None if counts is None else counts[index]
-        if own is not None and not torch.compiler.is_compiling() and own.is_cpu and samples and int(own[0]) < 0:
+        if own is not None and checks.on_host(own) and samples and int(own[0]) < 0:
             own = None
         if scheme == "images_first" and kind.images < 0:
             if own is None:
@@ -155,7 +155,7 @@ def settle(kinds: tuple[Kind, ...], counts: Tensor | None, scheme: str, unused: 
 def _with_total(kind: Kind, counts: Tensor | None, unused: bool) -> Kind:
     """The kind with its number of rows from its sizes, else from the counts, where those are on the host."""
     known = kind.sizes if kind.sizes is not None else counts
-    if known is None or torch.compiler.is_compiling() or not (known.is_cpu or kind.rows < 0):
+    if known is None or not (checks.on_host(known) or kind.rows < 0):
         return kind
     total = int(known.sum())
     if kind.rows < 0 or total == kind.rows or (total < kind.rows and unused):

@@ -37,7 +37,7 @@ library.define(
 library.define(
     "merge_rows_backward(Tensor grad, Tensor source_index, Tensor? text_index, Tensor? tokens, float? scale, SymInt[] starts, "
     "bool add, SymInt[] text_size, ScalarType text_dtype, bool is_weight, bool needs_text, SymInt[] feature_sizes, int[] feature_dims, "
-    "ScalarType[] feature_dtypes, bool[] needs_features, str backend) -> Tensor[]"
+    "int[] feature_dtypes, bool[] needs_features, str backend) -> Tensor[]"
 )
 
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -143,9 +143,9 @@ def _(*args):
     return batch.tokens.new_empty(_output_shape(batch, width), dtype=torch.int32)
 
 
-def _unknown_size():
+def _unknown_size(least: int = 0):
     try:
-        return torch.library.get_ctx().new_dynamic_size()
+        return torch.library.get_ctx().new_dynamic_size(min=least)
     except Exception as error:  # FakeTensorMode without a ShapeEnv raises one of several kinds
         raise RuntimeError(
             "length: the width of this layout depends on the data, and this FakeTensorMode has no ShapeEnv to say so; give length"
@@ -197,7 +197,7 @@ def _(*args):
             if batch.document_ids is None:
                 shape = (batch.tokens.shape[0] + 1,)
             else:
-                shape = ((_unknown_size() if documents is None else documents) + 1,)
+                shape = (_unknown_size(1) if documents is None else documents + 1,)
         made.append(batch.tokens.new_empty(shape, dtype=dtype))
     return made
 
@@ -305,13 +305,19 @@ def merge_rows_backward(
     return grad_table, grad_features
 
 
-def feature_likes(sizes, dims, dtypes) -> list[tuple]:
-    """(shape, dtype) of each feature tensor from the flat lists that a schema can carry."""
+def feature_lists(likes: tuple) -> tuple[list, list[int], list[int]]:
+    """(shape, dtype) of each feature tensor as flat lists, which is what a schema can carry."""
+    sizes = [size for shape, _ in likes for size in shape]
+    return sizes, [len(shape) for shape, _ in likes], [checks.ROW_DTYPES.index(dtype) for _, dtype in likes]
+
+
+def feature_likes(sizes, dims, dtypes) -> tuple:
+    """The reverse of `feature_lists`."""
     likes, at = [], 0
     for dim, dtype in zip(dims, dtypes):
-        likes.append((tuple(sizes[at : at + dim]), dtype))
+        likes.append((tuple(sizes[at : at + dim]), checks.ROW_DTYPES[dtype]))
         at += dim
-    return likes
+    return tuple(likes)
 
 
 def _merge_rows_backward_op(

@@ -128,7 +128,8 @@ class TokenPlan:
 
     def _make(self, names: tuple[str, ...]) -> None:
         """Facts of the rows in one pass over the tokens, kept for the next reader."""
-        if self._versions and self._versions != _versions(self._batch):
+        versions = _versions(self._batch)
+        if versions and self._versions and versions != self._versions:
             raise RuntimeError(
                 f"{', '.join(names)}: made when first read, but the tokens, attention_mask, document_ids or labels were changed in place since "
                 "the plan was made; read it before, or give merge clones"
