@@ -1,0 +1,151 @@
+#include "convert.h"
+
+#include <cstring>
+
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+#include <immintrin.h>
+#define VLM_FUSE_X86 1
+#define VLM_FUSE_AVX2 __attribute__((target("avx2,f16c")))
+#endif
+
+namespace vlm_fuse {
+namespace {
+
+constexpr int64_t kBlock = 256;  // elements of fp32 that stay in the first-level cache between two steps
+
+template <class To, class From>
+inline __attribute__((always_inline)) void loop(void* to, const void* from, int64_t count) {
+  To* __restrict t = static_cast<To*>(to);
+  const From* __restrict f = static_cast<const From*>(from);
+  for (int64_t i = 0; i < count; ++i) t[i] = convert<To>(f[i]);
+}
+
+template <class To, class From>
+void plain(void* to, const void* from, int64_t count) {
+  loop<To, From>(to, from, count);
+}
+
+template <class Same>
+void copy(void* to, const void* from, int64_t count) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(Same));
+}
+
+constexpr Convert kPlain[kDTypes][kDTypes] = {
+    {copy<float>, plain<bf16, float>, plain<f16, float>, plain<double, float>},
+    {plain<float, bf16>, copy<bf16>, plain<f16, bf16>, plain<double, bf16>},
+    {plain<float, f16>, plain<bf16, f16>, copy<f16>, plain<double, f16>},
+    {plain<float, double>, plain<bf16, double>, plain<f16, double>, copy<double>},
+};
+
+#ifdef VLM_FUSE_X86
+
+template <class To, class From>
+VLM_FUSE_AVX2 void avx2(void* to, const void* from, int64_t count) {
+  loop<To, From>(to, from, count);
+}
+
+VLM_FUSE_AVX2 void halves_to_floats(float* to, const f16* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+VLM_FUSE_AVX2 void floats_to_halves(f16* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+  for (; i < count; ++i) to[i] = narrow<f16>(from[i]);
+}
+
+template <>
+VLM_FUSE_AVX2 void avx2<float, f16>(void* to, const void* from, int64_t count) {
+  halves_to_floats(static_cast<float*>(to), static_cast<const f16*>(from), count);
+}
+
+template <>
+VLM_FUSE_AVX2 void avx2<f16, float>(void* to, const void* from, int64_t count) {
+  floats_to_halves(static_cast<f16*>(to), static_cast<const float*>(from), count);
+}
+
+// The other pairs with a half go through a block of floats.
+template <class To>
+VLM_FUSE_AVX2 void from_half(void* to, const void* from, int64_t count) {
+  float block[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t n = count - i < kBlock ? count - i : kBlock;
+    halves_to_floats(block, static_cast<const f16*>(from) + i, n);
+    loop<To, float>(static_cast<To*>(to) + i, block, n);
+  }
+}
+
+template <class From>
+VLM_FUSE_AVX2 void to_half(void* to, const void* from, int64_t count) {
+  float block[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t n = count - i < kBlock ? count - i : kBlock;
+    loop<float, From>(block, static_cast<const From*>(from) + i, n);
+    floats_to_halves(static_cast<f16*>(to) + i, block, n);
+  }
+}
+
+constexpr Convert kAvx2[kDTypes][kDTypes] = {
+    {copy<float>, avx2<bf16, float>, avx2<f16, float>, avx2<double, float>},
+    {avx2<float, bf16>, copy<bf16>, to_half<bf16>, avx2<double, bf16>},
+    {avx2<float, f16>, from_half<bf16>, copy<f16>, from_half<double>},
+    {avx2<float, double>, avx2<bf16, double>, to_half<double>, copy<double>},
+};
+
+bool has_avx2() {
+  static const bool has = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  }();
+  return has;
+}
+
+#endif
+
+template <class Element>
+void gather_elements(void* to, const char* from, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(static_cast<Element*>(to) + i, from + i * step, sizeof(Element));
+}
+
+}  // namespace
+
+Convert converter(DType from, DType to) {
+  const int f = static_cast<int>(from), t = static_cast<int>(to);
+#ifdef VLM_FUSE_X86
+  if (has_avx2()) return kAvx2[f][t];
+#endif
+  return kPlain[f][t];
+}
+
+void gather(void* to, const char* from, int64_t step, int64_t count, DType dtype) {
+  switch (size_of(dtype)) {
+    case 2: return gather_elements<uint16_t>(to, from, step, count);
+    case 4: return gather_elements<uint32_t>(to, from, step, count);
+    default: return gather_elements<uint64_t>(to, from, step, count);
+  }
+}
+
+void add(float* __restrict to, const float* __restrict from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+void add(double* __restrict to, const double* __restrict from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+void scale(float* values, float by, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= by;
+}
+
+void scale(double* values, double by, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= by;
+}
+
+}  // namespace vlm_fuse

@@ -1,0 +1,93 @@
+// Moving the elements of rows from a table to an output: conversion, scaling and adding on the way, through blocks
+// that stay in the first-level cache.
+#pragma once
+
+#include "convert.h"
+#include "memory.h"
+#include "table.h"
+
+namespace vlm_fuse {
+
+constexpr int64_t kElementBlock = 512;
+
+struct alignas(64) Block {
+  char bytes[kElementBlock * 8];
+};
+
+template <class Wide>
+constexpr DType kWide = sizeof(Wide) == 8 ? DType::kF64 : DType::kF32;
+
+double round_to(DType dtype, double value);
+
+// How the rows of one table are read. `scaled`: times `scale`, rounded to the table's type.
+struct Reader {
+  Reader() = default;
+  Reader(const RowTable& table, bool scaled, double scale);
+
+  DType dtype = DType::kF32;
+  int64_t step = 0;
+  bool dense_elements = true;
+  bool scaled = false;
+  double scale = 1.0;
+
+  // Elements first .. first + count of a row as they are, in `buffer` or where they stand.
+  const void* read(const char* row, int64_t first, int64_t count, void* buffer) const;
+};
+
+class Writer {
+ public:
+  Writer(DType dtype, Store store) : dtype_(dtype), size_(size_of(dtype)), store_(store) {}
+
+  // count elements of one row (or of neighbouring rows, where both sides are dense).
+  void copy(char* to, const char* from, int64_t count, const Reader& reader) const;
+
+  // The sum of two rows, in fp64 where either is, else in fp32, rounded once.
+  void sum(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
+           int64_t count) const;
+
+  // The sum of `rows` rows in order, row(i) being the i-th, in fp64 where either side is, else in fp32; times `scale`
+  // rounded to the output's type, if `scaled`; rounded once.
+  template <class Row>
+  void total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const;
+
+  void zero(char* to, int64_t count) const { zero_bytes(to, count * size_, store_); }
+  void finish() const { finish_stores(store_); }
+
+ private:
+  template <class Wide>
+  void sum_in(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
+              int64_t count) const;
+  template <class Wide, class Row>
+  void total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const;
+  int64_t first_block(const char* to, int64_t count) const;
+  void put(char* to, const void* values, DType from, int64_t count, void* buffer) const;
+
+  DType dtype_;
+  int64_t size_;
+  Store store_;
+};
+
+template <class Wide, class Row>
+void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const {
+  constexpr DType wide = kWide<Wide>;
+  const Convert widen = converter(reader.dtype, wide);
+  Block raw, sum, more;
+  int64_t n = first_block(to, dim);
+  for (int64_t i = 0; i < dim; i += n, n = std::min(dim - i, kElementBlock)) {
+    widen(sum.bytes, reader.read(row(0), i, n, raw.bytes), n);
+    for (int64_t r = 1; r < rows; ++r) {
+      widen(more.bytes, reader.read(row(r), i, n, raw.bytes), n);
+      add(reinterpret_cast<Wide*>(sum.bytes), reinterpret_cast<const Wide*>(more.bytes), n);
+    }
+    if (scaled) vlm_fuse::scale(reinterpret_cast<Wide*>(sum.bytes), static_cast<Wide>(round_to(dtype_, scale)), n);
+    put(to + i * size_, sum.bytes, wide, n, more.bytes);
+  }
+}
+
+template <class Row>
+void Writer::total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const {
+  if (reader.dtype == DType::kF64 || dtype_ == DType::kF64) total_in<double>(to, dim, reader, rows, row, scaled, scale);
+  else total_in<float>(to, dim, reader, rows, row, scaled, scale);
+}
+
+}  // namespace vlm_fuse

@@ -1,0 +1,133 @@
+"""The C++ kernels for the CPU (csrc/): allocation of outputs, and the module that was compiled on installation.
+
+Tensors reach the module through torch's DLPack exchange table, threads are torch's own. Nothing is compiled at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..batch import RAISE, Batch, RecordedError
+
+_PACKED = 2  # index of "packed" in LAYOUTS
+
+
+def _why_missing() -> str:
+    """What the build left behind; it says nothing of a module that was built for another Python."""
+    try:
+        found = json.loads((Path(__file__).parent.parent / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return "never built: run pip install -e ."
+    return f"compiled, but not for this Python: run pip install -e . ({found['reason']})" if found["native"] else found["reason"]
+
+
+def _parallel_for() -> int:
+    """Address of torch_parallel_for in libtorch_cpu, 0 where there is none: then one thread does all."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(folder / name)).torch_parallel_for, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+def _load():
+    """(the module, how it was built), or (None, why it is not there)."""
+    try:
+        module = importlib.import_module("vlm_fuse._native")
+    except ModuleNotFoundError:
+        return None, _why_missing()
+    except ImportError as error:
+        return None, f"does not load: {error}"
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if table is None:
+        return None, f"torch {torch.__version__} has no DLPack exchange table: torch >= 2.10 is needed"
+    if not module.attach(table, _parallel_for(), RAISE, RecordedError):
+        return None, f"the DLPack exchange table of torch {torch.__version__} is of another major version"
+    return module, _why_there()
+
+
+def _why_there() -> str:
+    try:
+        return json.loads((Path(__file__).parent.parent / "_build_info.json").read_text())["reason"]
+    except (OSError, ValueError):
+        return "compiled"
+
+
+_native, _reason = _load()
+
+
+def available() -> tuple[bool, str]:
+    """Whether the compiled module can be used here, and how it was compiled, or why it is not there."""
+    return _native is not None, _reason
+
+
+if _native is not None:
+    _plan, _facts, _intervals = _native.plan, _native.facts, _native.intervals
+
+    #: rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status, fresh)
+    rows = _native.rows
+
+    #: rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features, fresh)
+    rows_backward = _native.rows_backward
+
+
+def count(batch: Batch) -> tuple[int, int, int, tuple[int, ...]]:
+    """Kept rows of the longest sample, of all samples, documents, and the placeholders of each kind."""
+    return _native.count(*batch)
+
+
+def plan(batch: Batch, width: int, status=RAISE) -> Tensor:
+    """``(G, W)`` int32 source_index."""
+    tokens = batch[0]
+    groups = 1 if batch[8] == _PACKED else len(tokens)
+    if tokens.dtype is torch.int32:
+        source_index = tokens.new_empty(groups, width)
+    else:
+        source_index = tokens.new_empty((groups, width), dtype=torch.int32)
+    _plan(*batch, width, status, source_index)
+    return source_index
+
+
+#: in the order in which the module takes them; labels have the dtype of those given.
+_FACTS = {
+    "text_index": torch.int32,
+    "position_ids": torch.int64,
+    "document_ids": torch.int32,
+    "image_ids": torch.int32,
+    "kind_ids": torch.int8,
+    "attention_mask": torch.bool,
+    "labels": None,
+    "cu_seqlens": torch.int32,
+}
+
+
+def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int) -> tuple[Tensor, ...]:
+    """The named facts of the output rows, in that order, in one pass over the tokens."""
+    tokens = batch[0]
+    new_empty, samples = tokens.new_empty, len(tokens)
+    shape = (1 if batch[8] == _PACKED else samples, width)
+    made = {}
+    for name in names:
+        if name == "cu_seqlens":
+            made[name] = new_empty(((samples if batch[2] is None else documents) + 1,), dtype=torch.int32)
+        else:
+            made[name] = new_empty(shape, dtype=_FACTS[name] or batch[3].dtype)
+    _facts(*batch, width, *map(made.get, _FACTS))
+    return tuple(made.values())
+
+
+def intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair, status):
+    """``(kv_lo, kv_hi, kv_lo2, kv_hi2)`` int32 (G, W); the second pair None without `pair` or where no row needs it."""
+    shape = document_ids.shape
+    lo, hi = document_ids.new_empty(shape), document_ids.new_empty(shape)
+    lo2, hi2 = (document_ids.new_empty(shape), document_ids.new_empty(shape)) if pair else (None, None)
+    second = _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, lo, hi, lo2, hi2, status)
+    return (lo, hi, lo2, hi2) if second and pair else (lo, hi, None, None)
