@@ -65,7 +65,7 @@ def check_layouts(batch: ChatBatch, hidden: int, dtype: torch.dtype) -> str:
         for layout in LAYOUTS:
             merged = vlm_fuse.merge(**arguments, **on_device, layout=layout, backend=backend)
             same(merged.inputs_embeds.cpu(), expected[layout], f"{layout} on {backend}, {device}")
-    names = " = ".join(f"{backend} ({device})" for backend, device in places())
+    names = " = ".join(backend if device == "cpu" else f"{backend} on {device}" for backend, device in places())
     return f"{short(dtype)}: {names} = masked_scatter (Hugging Face) = boolean index (nanoVLM); keep, padded, packed"
 
 

@@ -48,6 +48,8 @@ def main() -> None:
     with tqdm(total=measuring.ticks(options.rounds), desc="  timing", leave=False, disable=None) as progress:
         texts = [measuring.table(batch, options.hidden, options.rounds, *which, progress.update) for which in tables]
     print("\n\n".join(texts))
+    print("\n  x copy: time over that of a copy of as many rows, round by round. transient MB: the most that is allocated")
+    print("  on the way, without what is returned; with backward the merged rows are on the way.")
 
     title("Training: a decoder of two layers learns the answers of two chats")
     losses = train(load_chats(CHATS[TRAINED_ON]), STEPS, progress=bar("training"))
