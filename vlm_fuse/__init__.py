@@ -5,8 +5,9 @@ from .attending import Attend
 from .backend import backends
 from .masks import IntervalMask
 from .merging import MergedBatch, merge
-from .planning import TokenPlan, plan
+from .planning import plan
 from .status import raise_errors
+from .token_plan import TokenPlan
 
 __version__ = "0.1.0"
 

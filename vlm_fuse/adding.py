@@ -9,7 +9,7 @@ from . import checks, ops, settled
 from . import features as forms
 from .autograd import RowCall, merge_rows
 from .batch import PAD
-from .planning import TokenPlan
+from .token_plan import TokenPlan
 
 
 def add_features(hidden_states: Tensor, image_embeds, plan: TokenPlan) -> Tensor:
@@ -54,7 +54,6 @@ def add_features(hidden_states: Tensor, image_embeds, plan: TokenPlan) -> Tensor
             # rows of a kind that is left out pass through as they are, also a negative zero
             first, after = plan.feature_starts[index : index + 2]
             source_index = torch.where((source_index >= first) & (source_index < after), PAD, source_index)
-    call = RowCall(
-        None, None, starts, source_index, None, True, hidden_states.dtype, ops.mode_of(plan.validate, hidden_states), plan.backend
-    )  # fmt: skip
-    return merge_rows(hidden_states, None, features, call)
+    _, _, _, validate, backend, *_ = plan._settings
+    call = RowCall(None, None, starts, source_index, None, True, hidden_states.dtype, ops.mode_of(validate, hidden_states), backend)
+    return merge_rows(ops.direct(backend, hidden_states, features), hidden_states, None, features, call)

@@ -43,13 +43,15 @@ class RowCall(NamedTuple):
     backend: str
 
 
-def merge_rows(text: Tensor | None, weight: Tensor | None, features: tuple[Tensor, ...], call: RowCall, out: Tensor | None = None) -> Tensor:
-    """The row op with gradients to text (or weight) and features, by the route that fits the caller."""
-    table = text if weight is None else weight
-    kernels = ops.direct(call.backend, table, features)
+def merge_rows(kernels, text: Tensor | None, weight: Tensor | None, features: tuple[Tensor, ...], call: RowCall, out: Tensor | None = None) -> Tensor:
+    """The row op with gradients to text (or weight) and features, by the route that fits the caller.
+
+    `kernels`: what `ops.direct` gave for all of these tensors; None: through the registered operator.
+    """
     if kernels is None:
         _no_out(out)
         return _op(text, weight, features, call)
+    table = text if weight is None else weight
     if _peek_functorch() is not None:
         _no_out(out)
         return _FunctionalMergeRows.apply(call, weight is not None, table, *features)
@@ -125,7 +127,9 @@ def _double_backward(second: list[Tensor | None], grad_dtype: torch.dtype, call:
     ]
     call = call._replace(dtype=grad_dtype, validate="off")
     table = parts[0]
-    return merge_rows(None if likes.is_weight else table, table if likes.is_weight else None, tuple(parts[1:]), call)
+    features = tuple(parts[1:])
+    kernels = ops.direct(call.backend, table, features)
+    return merge_rows(kernels, None if likes.is_weight else table, table if likes.is_weight else None, features, call)
 
 
 def _version(tokens: Tensor | None) -> int | None:

@@ -11,8 +11,10 @@ from . import checks, ops, planning, settled
 from . import features as forms
 from .attending import Attend
 from .autograd import RowCall, merge_rows
+from .backend import name_from
+from .batch import Batch
 from .masks import IntervalMask
-from .planning import TokenPlan
+from .token_plan import TokenPlan
 
 _CAUSAL = Attend()
 
@@ -72,8 +74,9 @@ class MergedBatch:
         index, rest = self.plan.unpack_index(), rows.shape[2:]
         flat = rows.reshape(*shape, rest.numel())
         if rows.dtype in checks.ROW_DTYPES:
-            call = RowCall(None, None, (), index, None, False, rows.dtype, "off", self.plan.backend)
-            made = merge_rows(flat, None, (), call)
+            backend = self.plan._settings.backend
+            call = RowCall(None, None, (), index, None, False, rows.dtype, "off", backend)
+            made = merge_rows(ops.direct(backend, flat), flat, None, (), call)
         else:
             source = -1 - index.long()
             inside = (source >= 0) & (source < shape.numel())
@@ -179,33 +182,58 @@ def merge(
     Source: the merges it replaces are ``masked_scatter`` in huggingface/transformers and boolean indexing in
     huggingface/nanoVLM.
     """
+    text = inputs_embeds if weight is None else weight
+    asked = name_from(backend)
     if plan is None:
-        tokens = checks.batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids)
-        kinds = forms.describe(() if image_embeds is None else image_embeds, image_token_id, image_sizes, placeholder_mask, scheme)
-        text = inputs_embeds if weight is None else weight
-        checks.text_source(inputs_embeds, weight, input_ids, embed_scale, tokens.shape, tokens.device, "input_ids")
-        for kind in kinds:
-            checks.feature_tensors(kind.tensors, text.shape[-1], text.device)
-        plan = planning.make(
-            tokens, attention_mask, labels, document_ids, kinds, feature_counts, placeholder_mask is not None, scheme, combine, layout,
-            padding_side, length, attend, unused_features, validate, backend,
-        )  # fmt: skip
+        chosen = planning.choices(scheme, combine, layout, padding_side, length, attend, unused_features, validate, asked, document_ids)
+        kernels = ops.direct(asked, text)
+        ordinary = None
+        if (
+            type(image_token_id) is int
+            and scheme == "placeholders"
+            and placeholder_mask is None is image_sizes is feature_counts
+            and (embed_scale is None or (weight is not None and type(embed_scale) is float))
+        ):
+            ordinary = getattr(kernels, "ordinary", None)
+        # the usual batch is recognised in one native call; whatever it does not vouch for is looked at piece by piece
+        rows = ordinary and ordinary(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids)
+        if rows:
+            batch = Batch(input_ids, attention_mask, document_ids, labels, (image_token_id, 0, *rows), None, None, *chosen[:4])
+            plan = TokenPlan(batch, chosen.settings, kernels)
+            features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
+        else:
+            tokens = checks.batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids)
+            kinds = forms.describe(() if image_embeds is None else image_embeds, image_token_id, image_sizes, placeholder_mask, scheme)
+            checks.text_source(inputs_embeds, weight, input_ids, embed_scale, tokens.shape, tokens.device, "input_ids")
+            for kind in kinds:
+                checks.feature_tensors(kind.tensors, text.shape[-1], text.device)
+            if placeholder_mask is not None:
+                chosen = chosen._replace(settings=chosen.settings._replace(masked_by_tensor=True))
+            plan = planning.make(tokens, attention_mask, labels, document_ids, kinds, feature_counts, chosen)
+            features, starts = forms.tables(kinds, plan.feature_starts)
+            kernels = ops.direct(asked, text, features)
     else:
-        settings = (scheme, combine, layout, padding_side, length, attend, unused_features)
-        kinds, plan = settled.agree(plan, settings, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
-        text = inputs_embeds if weight is None else weight
+        options = (scheme, combine, layout, padding_side, length, attend, unused_features)
+        plan, kinds = settled.agree(plan, options, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
         settled.sources(plan, kinds, input_ids, inputs_embeds, weight, embed_scale, text)
-    if out is not None:
-        checks.dtype_of("out", out, checks.ROW_DTYPES)
-    features, starts = forms.tables(kinds, plan.feature_starts)
-    add = plan.combine == "add"
+        features, starts = forms.tables(kinds, plan.feature_starts)
+        if asked == "auto":
+            asked = plan._settings.backend
+        if validate == "auto":
+            validate = plan._settings.validate
+        kernels = ops.direct(asked, text, features)
+    add = plan._settings.combine == "add"
     call = RowCall(
         None if weight is None else input_ids.contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
-        text.dtype if out is None else out.dtype, ops.mode_of(plan.validate if validate == "auto" else validate, text),
-        plan.backend if backend == "auto" else backend,
+        text.dtype if out is None else _checked_dtype(out), ops.mode_of(validate, text), asked,
     )  # fmt: skip
     if out is not None:
         records = torch.is_grad_enabled() and (text.requires_grad or any(rows.requires_grad for rows in features))
         keep = plan.layout == "keep"
         checks.output(out, plan.source_index.shape, text.shape[-1], (text, *features), inputs_embeds, keep, records)
-    return MergedBatch(merge_rows(inputs_embeds, weight, features, call, out), plan)
+    return MergedBatch(merge_rows(kernels, inputs_embeds, weight, features, call, out), plan)
+
+
+def _checked_dtype(out: Tensor) -> torch.dtype:
+    checks.dtype_of("out", out, checks.ROW_DTYPES)
+    return out.dtype

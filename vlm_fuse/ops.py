@@ -110,9 +110,10 @@ def _plan(kernels: ModuleType, batch: Batch, width: int | None, validate: str, b
         raise checks.explain(error.record, batch) from None
 
 
-def plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
-    """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None."""
-    kernels = direct(backend, batch.tokens)
+def plan(batch: Batch, width: int | None, validate: str, backend: str, kernels: ModuleType | None = None) -> Tensor:
+    """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None. `kernels`: as `direct` gave it."""
+    if kernels is None:
+        kernels = direct(backend, batch.tokens)
     if kernels is None:
         return torch.ops.vlm_fuse.plan(*batch, width, validate, backend)
     return _plan(kernels, batch, width, validate, backend)

@@ -7,14 +7,14 @@ from torch import Tensor
 from . import checks
 from . import features as forms
 from .attending import Attend
-from .planning import TokenPlan
+from .token_plan import TokenPlan
 
 _NAMES = ("scheme", "combine", "layout", "padding_side", "length", "attend", "unused_features")
 _DEFAULTS = ("placeholders", "replace", "keep", "right", None, Attend(), "error")
 
 
-def agree(plan, settings: tuple, input_ids, image_embeds, image_token_id, placeholder_mask, labels) -> tuple[tuple[forms.Kind, ...], TokenPlan]:
-    """The kinds of a call, in the plan's order, and the plan (with labels where it had none)."""
+def agree(plan, settings: tuple, input_ids, image_embeds, image_token_id, placeholder_mask, labels) -> tuple[TokenPlan, tuple[forms.Kind, ...]]:
+    """The plan (with labels where it had none), and the kinds of a call in the plan's order."""
     if type(plan) is not TokenPlan:
         raise TypeError(f"plan: expected a TokenPlan, got {type(plan).__name__}")
     if settings != _DEFAULTS:
@@ -24,29 +24,29 @@ def agree(plan, settings: tuple, input_ids, image_embeds, image_token_id, placeh
                 raise ValueError(f"{name}: {value!r} contradicts the plan, which was made with {name}={own!r}; leave it out or make another plan")
     if input_ids is not None and input_ids.shape != plan.token_shape:
         checks.same_shape("input_ids", input_ids, plan.token_shape, "the tokens that the plan was made from")
-    if placeholder_mask is not None and not plan.masked_by_tensor:
+    if placeholder_mask is not None and not plan._settings.masked_by_tensor:
         raise ValueError(f"placeholder_mask: contradicts the plan, which was made with image_token_id={plan.kind_tokens}; leave it out")
     if labels is not None and plan._batch.labels is None:
         checks.dtype_of("labels", labels, checks.ID_DTYPES)
         checks.same_shape("labels", labels, plan.token_shape, "the tokens that the plan was made from")
         plan = plan.with_labels(labels)
-    return kinds_of(plan, image_embeds, image_token_id, whole=True), plan
+    return plan, kinds_of(plan, image_embeds, image_token_id, whole=True)
 
 
 def kinds_of(plan: TokenPlan, image_embeds, image_token_id, whole: bool) -> tuple[forms.Kind, ...]:
     """The kinds of a call in the plan's order; `whole`: all of them must be there."""
     tokens = plan.kind_tokens
-    if type(image_embeds) is Tensor and len(tokens) == 1 and (image_token_id is None or image_token_id == tokens[0]) and not plan.masked_by_tensor:
+    if type(image_embeds) is Tensor and len(tokens) == 1 and (image_token_id is None or image_token_id == tokens[0]) and not plan._settings.masked_by_tensor:
         kind = forms.describe(image_embeds, tokens[0], None, None, plan.scheme)[0]
         _check_rows(plan, kind, 0)
         return (kind,)
-    if image_token_id is not None and (plan.masked_by_tensor or (image_token_id != tokens and image_token_id not in tokens)):
-        made = "a placeholder_mask" if plan.masked_by_tensor else f"image_token_id={tokens}"
+    if image_token_id is not None and (plan._settings.masked_by_tensor or (image_token_id != tokens and image_token_id not in tokens)):
+        made = "a placeholder_mask" if plan._settings.masked_by_tensor else f"image_token_id={tokens}"
         raise ValueError(f"image_token_id: {image_token_id!r} contradicts the plan, which was made with {made}; leave it out or make another plan")
     if image_embeds is None or (isinstance(image_embeds, (list, tuple)) and not image_embeds):
         found: tuple[forms.Kind, ...] = ()
     elif isinstance(image_embeds, dict):
-        if plan.masked_by_tensor and len(image_embeds) == 1:
+        if plan._settings.masked_by_tensor and len(image_embeds) == 1:
             image_embeds = {tokens[0]: rows for rows in image_embeds.values()}
         found = forms.describe(image_embeds, None, None, None, plan.scheme)
     else:
