@@ -23,6 +23,8 @@ struct Attached {
   const dlpack::ExchangeTable* table = nullptr;
   PyObject* raise = nullptr;           // the status RAISE
   PyObject* recorded_error = nullptr;  // the exception type that carries a record
+  PyTypeObject* tensor_type = nullptr;
+  PyTypeObject* parameter_type = nullptr;
 };
 Attached attached;
 
@@ -329,7 +331,7 @@ PyObject* py_rows(PyObject* const* args) {
   } else {
     merge.text = row_table(tensor(args[2], "weight"), merge.dim, "weight");
     const dlpack::Tensor tokens = tensor(args[3], "tokens");
-    merge.tokens = integers(tokens, 32, "tokens");
+    merge.tokens = integers(tokens, 8, "tokens");
     merge.token_count = elements(tokens);
     merge.scaled = args[4] != Py_None;
     if (merge.scaled) merge.scale = PyFloat_AsDouble(args[4]);
@@ -380,7 +382,7 @@ PyObject* py_rows_backward(PyObject* const* args) {
   if (backward.wants_weight) {
     backward.weight = gradient(args[8], backward.dim, "grad_weight");
     const dlpack::Tensor tokens = tensor(args[3], "tokens");
-    backward.tokens = integers(tokens, 32, "tokens");
+    backward.tokens = integers(tokens, 8, "tokens");
     backward.token_count = elements(tokens);
     backward.scaled = args[4] != Py_None;
     if (backward.scaled) backward.scale = PyFloat_AsDouble(args[4]);
@@ -396,6 +398,67 @@ PyObject* py_rows_backward(PyObject* const* args) {
   }
   without_gil(rows * backward.dim * 4, [&] { merge_rows_backward(backward); });
   Py_RETURN_NONE;
+}
+
+// --- the usual call --------------------------------------------------------------------------------------------------
+
+bool plain_tensor(PyObject* object) {
+  return Py_TYPE(object) == attached.tensor_type || Py_TYPE(object) == attached.parameter_type;
+}
+
+// Reads a tensor of the usual kind: plain, with memory of its own, on the CPU.
+bool usual(PyObject* object, dlpack::Tensor* found) {
+  if (!plain_tensor(object)) return false;
+  if (attached.table->tensor_from_py_object_no_sync(object, found) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return found->device.device_type == dlpack::kCPU && found->dtype.lanes == 1;
+}
+
+bool is_whole(const dlpack::Tensor& found, int least) {
+  if (found.dtype.code == dlpack::kInt) return found.dtype.bits >= least;
+  return least == 8 && found.dtype.bits == 8 && (found.dtype.code == dlpack::kBool || found.dtype.code == dlpack::kUInt);
+}
+
+bool is_row_type(const dlpack::Tensor& found) {
+  const int bits = found.dtype.bits;
+  return (found.dtype.code == dlpack::kFloat && (bits == 16 || bits == 32 || bits == 64)) ||
+         (found.dtype.code == dlpack::kBfloat && bits == 16);
+}
+
+// ordinary(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids)
+//   -> (rows, images, rows_each) of image_embeds as in Batch.kinds, or None where anything is out of the ordinary: then
+// the Python checks find out whether that is legal, and say so if not. Nothing is accepted here that they would refuse.
+PyObject* py_ordinary(PyObject* const* args) {
+  dlpack::Tensor ids, text, other;
+  if (!usual(args[0], &ids) || ids.ndim != 2 || !is_whole(ids, 32) || !contiguous(ids)) Py_RETURN_NONE;
+  const int64_t samples = ids.shape[0], length = ids.shape[1];
+  if (samples * length >= INT32_MAX) Py_RETURN_NONE;
+  const bool from_weight = args[1] == Py_None;
+  if (from_weight == (args[2] == Py_None) || !usual(args[from_weight ? 2 : 1], &text) || !is_row_type(text)) Py_RETURN_NONE;
+  if (from_weight ? text.ndim != 2 : (text.ndim != 3 || text.shape[0] != samples || text.shape[1] != length)) Py_RETURN_NONE;
+  const int64_t dim = text.shape[text.ndim - 1];
+  for (int i = 4; i < 7; ++i) {
+    if (args[i] == Py_None) continue;
+    if (!usual(args[i], &other) || other.ndim != 2 || other.shape[0] != samples || other.shape[1] != length) Py_RETURN_NONE;
+    if (!is_whole(other, i == 4 ? 8 : 32) || !contiguous(other)) Py_RETURN_NONE;
+  }
+  int64_t rows = 0, images = 0, each = 0;
+  if (args[3] != Py_None) {
+    if (!usual(args[3], &other) || !is_row_type(other) || other.ndim < 2 || other.ndim > 3) Py_RETURN_NONE;
+    if (other.shape[other.ndim - 1] != dim) Py_RETURN_NONE;
+    images = other.ndim == 3 ? other.shape[0] : -1;
+    each = other.ndim == 3 ? other.shape[1] : -1;
+    rows = other.ndim == 3 ? images * each : other.shape[0];
+  }
+  PyObject* numbers[] = {PyLong_FromLongLong(rows), PyLong_FromLongLong(images), PyLong_FromLongLong(each)};
+  PyObject* found = PyTuple_New(3);
+  for (Py_ssize_t i = 0; i < 3; ++i) {
+    if (found == nullptr || numbers[i] == nullptr) throw py::error_already_set();
+    PyTuple_SET_ITEM(found, i, numbers[i]);
+  }
+  return found;
 }
 
 // --- masks -----------------------------------------------------------------------------------------------------------
@@ -464,10 +527,13 @@ const dlpack::ExchangeTable* known_table(const py::capsule& capsule) {
 }
 
 // Returns whether the table is one that can be used. `parallel_for`: the address of torch_parallel_for, 0: one thread.
-bool attach(const py::capsule& capsule, uintptr_t parallel_for, py::object raise, py::object recorded_error) {
+bool attach(const py::capsule& capsule, uintptr_t parallel_for, py::object raise, py::object recorded_error,
+            py::object tensor_type, py::object parameter_type) {
   attached.table = known_table(capsule);
   attached.raise = raise.release().ptr();  // kept for good
   attached.recorded_error = recorded_error.release().ptr();
+  attached.tensor_type = reinterpret_cast<PyTypeObject*>(tensor_type.release().ptr());
+  attached.parameter_type = reinterpret_cast<PyTypeObject*>(parameter_type.release().ptr());
   use_parallel_for(reinterpret_cast<ParallelFor>(parallel_for));
   return attached.table != nullptr;
 }
@@ -503,6 +569,7 @@ PyMethodDef methods[] = {
     method<py_facts, kBatchFields + 9>("facts", "facts(*batch, width, text_index, ..., cu_seqlens)"),
     method<py_rows, 13>("rows", "rows(out, text, weight, tokens, scale, features, starts, source_index, ...)"),
     method<py_rows_backward, 11>("rows_backward", "rows_backward(grad, source_index, text_index, ...)"),
+    method<py_ordinary, 7>("ordinary", "ordinary(input_ids, inputs_embeds, weight, image_embeds, ...)"),
     method<py_intervals, 10>("intervals", "intervals(document_ids, image_ids, attend, ...)"),
     {nullptr, nullptr, 0, nullptr},
 };

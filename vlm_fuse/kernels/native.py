@@ -49,7 +49,7 @@ def _load():
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if table is None:
         return None, f"torch {torch.__version__} has no DLPack exchange table: torch >= 2.10 is needed"
-    if not module.attach(table, _parallel_for(), RAISE, RecordedError):
+    if not module.attach(table, _parallel_for(), RAISE, RecordedError, Tensor, torch.nn.Parameter):
         return None, f"the DLPack exchange table of torch {torch.__version__} is of another major version"
     return module, _why_there()
 
@@ -71,6 +71,10 @@ def available() -> tuple[bool, str]:
 
 if _native is not None:
     _plan, _facts, _intervals = _native.plan, _native.facts, _native.intervals
+
+    #: ordinary(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids)
+    #: -> (rows, images, rows_each) of image_embeds, or None where the batch is not of the usual form
+    ordinary = _native.ordinary
 
     #: rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status, fresh)
     rows = _native.rows
