@@ -23,7 +23,8 @@ import torch.nn.functional as F
 import vlm_fuse
 from benchmarks import baselines, report
 from benchmarks.timing import Contestant, Times, busy_note, environment, short_rounds
-from vlm_fuse import autograd
+from vlm_fuse import autograd, ops
+from vlm_fuse.backend import name_from
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES, LENGTH, HIDDEN, VOCABULARY, IMAGE = 2, 16, 32, 64, 60
@@ -93,14 +94,17 @@ def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch
     """What is timed: name -> (function to rows, the tensors that take a gradient)."""
     ids = batch.input_ids
     plan = vlm_fuse.plan(ids, image_token_id=IMAGE)
-    row_call = autograd.RowCall(None, None, (0,), plan.source_index, None, False, text.dtype, plan.validate, plan.backend)
+    validate, backend = ops.mode_of("auto", text), name_from("auto")
+    row_call = autograd.RowCall(None, None, (0,), plan.source_index, None, False, text.dtype, validate, backend)
     both = (text, features)
+    frozen = features.detach()
     made = {
         EMBEDDING: (lambda: F.embedding(ids, weight), (weight,)),
         "masked_scatter": (lambda: baselines.hf_masked_scatter(ids, text, features, IMAGE), both),
         "masked_scatter, checked": (lambda: baselines.hf_checked(ids, text, features, IMAGE), both),
         "clone and index": (lambda: baselines.nanovlm(ids, text, features, IMAGE), both),
-        ROW_OP: (lambda: autograd.merge_rows(text, None, (features,), row_call), both),
+        ROW_OP: (lambda: autograd.merge_rows(ops.direct(backend, text, (features,)), text, None, (features,), row_call), both),
+        "row op, ready plan, images frozen": (lambda: autograd.merge_rows(text, None, (frozen,), row_call), (text,)),
     }
     for layout in ("keep", "packed"):
         given = dict(attention_mask=batch.attention_mask, labels=batch.labels, layout=layout)

@@ -20,6 +20,7 @@ from vlm_fuse import backend as vlm_backend
 
 OURS = "vlm_fuse"
 PLANNED = "vlm_fuse, ready plan"
+COMPILED = "torch.compile"
 
 
 class Operation(NamedTuple):
@@ -78,11 +79,9 @@ def _merged(batch: Batch, text: Tensor | None = None, features: Tensor | None = 
     )
 
 
-def _others(batch: Batch, names: tuple[str, ...], compiled=None) -> dict[str, Callable]:
+def _others(batch: Batch, names: tuple[str, ...]) -> dict[str, Callable]:
     """Merges of other projects: name -> function(text, features)."""
-    chosen = {name: baselines.MERGES[name] for name in names}
-    if compiled is not None:
-        chosen["torch.compile"] = compiled
+    chosen = {name: baselines.compiled() if name == COMPILED else baselines.MERGES[name] for name in names}
     return {name: lambda text, features, merge=merge: merge(batch.input_ids, text, features, batch.image_token_id) for name, merge in chosen.items()}
 
 
@@ -108,7 +107,7 @@ def forward_into(batch: Batch) -> Operation:
     )
 
 
-def forward(batch: Batch, names: tuple[str, ...] = ALL, compiled=None) -> Operation:
+def forward(batch: Batch, names: tuple[str, ...] = ALL) -> Operation:
     """Output allocated by the call."""
     plan = _plan(batch)
     contestants = [
@@ -116,7 +115,7 @@ def forward(batch: Batch, names: tuple[str, ...] = ALL, compiled=None) -> Operat
         Contestant(OURS, lambda: _merge(batch)),
         Contestant(PLANNED, lambda: _merge(batch, plan=plan)),
     ]
-    for name, merge in _others(batch, names, compiled).items():
+    for name, merge in _others(batch, names).items():
         contestants.append(Contestant(name, lambda merge=merge: merge(batch.text, batch.features)))
     return Operation("forward", "clone", 2 * batch.out_bytes, contestants, lambda: (_merged(batch),), ("clone",))
 
@@ -157,7 +156,7 @@ def backward(batch: Batch, names: tuple[str, ...] = ALL) -> Operation:
     return Operation("backward", "clone", 2 * batch.out_bytes, contestants, lambda: _gradients_expected(batch, grad), ("clone",))
 
 
-def forward_backward(batch: Batch, names: tuple[str, ...] = ALL, compiled=None) -> Operation:
+def forward_backward(batch: Batch, names: tuple[str, ...] = ALL) -> Operation:
     """Forward and gradients of text and features; the base is two clones."""
     grad = random_rows(*batch.text.shape, dtype=batch.text.dtype, device=batch.text.device, seed=2)
     text, features = batch.text.detach().requires_grad_(), batch.features.detach().requires_grad_()
@@ -165,7 +164,7 @@ def forward_backward(batch: Batch, names: tuple[str, ...] = ALL, compiled=None) 
     merges = {
         OURS: lambda text, features: _merge(batch, text, features),
         PLANNED: lambda text, features: _merge(batch, text, features, plan=plan),
-        **_others(batch, names, compiled),
+        **_others(batch, names),
     }
 
     def both(merge):

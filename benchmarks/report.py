@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ PAGES = {"default": "THP_MEM_ALLOC_ENABLE unset", "huge": "THP_MEM_ALLOC_ENABLE=
 
 def cells(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a contestant: its times, its ratio to the base, GB/s of the base's bytes, transient bytes a token."""
-    times = Times(result["times"])
+    times = Times(result["times"], result.get("faults", {}))
     rows = []
     for name in result["times"]:
         row = times.row(name, result["base"])
@@ -44,17 +45,16 @@ def results_table(results: list[dict[str, Any]]) -> str:
         if not shown:
             continue
         lines.append(f"Ratios are to {first['base']}, which moves {first['base_bytes'] / 1e6:.1f} MB.")
-        heads = "".join(f" ms, {pages} pages | ratio (p20 to p80) | GB/s |" for pages in shown)
+        heads = "".join(f" ms, {pages} pages | ratio (p20 to p80) | GB/s | faults |" for pages in shown)
         lines += ["", f"| contestant |{heads} transient B a token |"]
-        lines.append("| --- |" + " --- | --- | --- |" * len(shown) + " --- |")
+        lines.append("| --- |" + " --- | --- | --- | --- |" * len(shown) + " --- |")
         for name in next(iter(shown.values())):
             line = f"| {name} |"
             for rows in shown.values():
                 row = rows[name]
-                line += (
-                    f" {_digits(row['ms'])} | {_digits(row['ratio'])} ({_digits(row['ratio_p20'])} to "
-                    f"{_digits(row['ratio_p80'])}) | {row['gbs']:.1f} |"
-                )
+                faults = "" if row["faults"] is None else f"{row['faults']:.0f}"
+                spread = f"{_digits(row['ratio_p20'])} to {_digits(row['ratio_p80'])}"
+                line += f" {_digits(row['ms'])} | {_digits(row['ratio'])} ({spread}) | {row['gbs']:.1f} | {faults} |"
             transient = next(iter(shown.values()))[name]["transient"]
             lines.append(line + (" |" if transient is None else f" {transient:.0f} |"))
     return "\n".join(lines)
@@ -141,7 +141,17 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """Indented, but a list of numbers on one line; seconds to four figures."""
+    text = json.dumps(_shortened(content), indent=1)
+    path.write_text(re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text) + "\n")
+
+
+def _shortened(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _shortened(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_shortened(value) for value in content]
+    return float(f"{content:.4g}") if isinstance(content, float) else content
 
 
 def _digits(value: float) -> str:

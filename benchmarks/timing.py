@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import time
@@ -29,9 +30,10 @@ class Contestant(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of each contestant in each round: times[name][round]."""
+    """What each contestant took in each round: times[name][round] in seconds, faults[name][round] in page faults."""
 
     times: dict[str, list[float]]
+    faults: dict[str, list[int]] = {}
 
     def median(self, name: str) -> float:
         return statistics.median(self.times[name])
@@ -54,6 +56,7 @@ class Times(NamedTuple):
             "ratio_p20": quantile(ratios, 0.2),
             "ratio_p80": quantile(ratios, 0.8),
             "rounds": len(ratios),
+            "faults": statistics.median(self.faults[name]) if self.faults.get(name) else None,
         }
 
 
@@ -72,7 +75,7 @@ def interleave(
     budget: float,
     warmup: int = 2,
     least: int = 5,
-    most: int = 100,
+    most: int = 60,
     device: str = "cpu",
     seed: int = 0,
     tick: Callable[[], None] | None = None,
@@ -84,6 +87,7 @@ def interleave(
         budget: seconds for the measured rounds; decides their number together with `least` and `most`.
         warmup: rounds that are not counted (also where compilers run).
         device: "cpu" or "cuda"; on a GPU a clearing of its caches is queued ahead of each run, and events are timed.
+        seed: of the order of the contestants in each round.
         tick: called after every round, for a progress bar.
     """
     clock = _Cuda() if device == "cuda" else _cpu_clock
@@ -95,27 +99,32 @@ def interleave(
     rounds = max(least, min(most, int(budget / max(round_seconds, 1e-9))))
     order, shuffle = list(contestants), random.Random(seed).shuffle
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    faults: dict[str, list[int]] = {contestant.name: [] for contestant in contestants}
     for _ in range(rounds):
         shuffle(order)
         for contestant in order:
-            times[contestant.name].append(_once(contestant, clock))
+            seconds, faulted = _once(contestant, clock)
+            times[contestant.name].append(seconds)
+            faults[contestant.name].append(faulted)
         if tick is not None:
             tick()
-    return Times(times)
+    return Times(times, faults)
 
 
-def _once(contestant: Contestant, clock) -> float:
+def _once(contestant: Contestant, clock) -> tuple[float, int]:
     if contestant.prepare is not None:
         contestant.prepare()
     return clock(contestant.run)
 
 
-def _cpu_clock(run) -> float:
+def _cpu_clock(run) -> tuple[float, int]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     started = time.perf_counter()
     result = run()
     stopped = time.perf_counter()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     del result
-    return stopped - started
+    return stopped - started, faults
 
 
 class _Cuda:
@@ -128,7 +137,7 @@ class _Cuda:
     def __init__(self):
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def __call__(self, run) -> float:
+    def __call__(self, run) -> tuple[float, int]:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(HEADSTART_CYCLES)
         self.flush.zero_()
@@ -137,7 +146,7 @@ class _Cuda:
         stop.record()
         stop.synchronize()
         del result
-        return start.elapsed_time(stop) / 1e3
+        return start.elapsed_time(stop) / 1e3, 0
 
 
 def short_rounds(contestants: list[Contestant], *, rounds: int, calls: int, settle: Callable[[], None] = lambda: None) -> Times:
