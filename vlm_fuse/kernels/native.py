@@ -88,42 +88,40 @@ def count(batch: Batch) -> tuple[int, int, int, tuple[int, ...]]:
     return _native.count(*batch)
 
 
+# new_empty(G, W) of a template of the right dtype takes 0.8 us, new_empty((G, W), dtype=...) 1.5
+_INT32, _INT64, _INT8, _BOOL = (torch.empty(0, dtype=dtype) for dtype in (torch.int32, torch.int64, torch.int8, torch.bool))
+
+
 def plan(batch: Batch, width: int, status=RAISE) -> Tensor:
     """``(G, W)`` int32 source_index."""
-    tokens = batch[0]
-    groups = 1 if batch[8] == _PACKED else len(tokens)
-    if tokens.dtype is torch.int32:
-        source_index = tokens.new_empty(groups, width)
-    else:
-        source_index = tokens.new_empty((groups, width), dtype=torch.int32)
+    source_index = _INT32.new_empty(1 if batch[8] == _PACKED else len(batch[0]), width)
     _plan(*batch, width, status, source_index)
     return source_index
 
 
 #: in the order in which the module takes them; labels have the dtype of those given.
 _FACTS = {
-    "text_index": torch.int32,
-    "position_ids": torch.int64,
-    "document_ids": torch.int32,
-    "image_ids": torch.int32,
-    "kind_ids": torch.int8,
-    "attention_mask": torch.bool,
+    "text_index": _INT32,
+    "position_ids": _INT64,
+    "document_ids": _INT32,
+    "image_ids": _INT32,
+    "kind_ids": _INT8,
+    "attention_mask": _BOOL,
     "labels": None,
-    "cu_seqlens": torch.int32,
+    "cu_seqlens": _INT32,
 }
 
 
 def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int) -> tuple[Tensor, ...]:
     """The named facts of the output rows, in that order, in one pass over the tokens."""
-    tokens = batch[0]
-    new_empty, samples = tokens.new_empty, len(tokens)
-    shape = (1 if batch[8] == _PACKED else samples, width)
+    samples = len(batch[0])
+    groups = 1 if batch[8] == _PACKED else samples
     made = {}
     for name in names:
         if name == "cu_seqlens":
-            made[name] = new_empty(((samples if batch[2] is None else documents) + 1,), dtype=torch.int32)
+            made[name] = _INT32.new_empty((samples if batch[2] is None else documents) + 1)
         else:
-            made[name] = new_empty(shape, dtype=_FACTS[name] or batch[3].dtype)
+            made[name] = (_FACTS[name] if name != "labels" else batch[3]).new_empty(groups, width)
     _facts(*batch, width, *map(made.get, _FACTS))
     return tuple(made.values())
 
