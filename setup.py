@@ -119,4 +119,4 @@ else:
     # optional: the editable install must not fail where the module is missing
     extensions = [Extension(MODULE, sources=[], optional=True)]
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+setup(license="Apache-2.0", ext_modules=extensions, cmdclass={"build_ext": BuildNative})
