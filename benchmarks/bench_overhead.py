@@ -90,6 +90,11 @@ def read_all(merged) -> torch.Tensor:
     return merged.inputs_embeds
 
 
+def row_op(text: torch.Tensor, features: torch.Tensor, call: autograd.RowCall) -> torch.Tensor:
+    """The row op below `merge`, with its guards and its choice of route."""
+    return autograd.merge_rows(ops.direct(call.backend, text, (features,)), text, None, (features,), call)
+
+
 def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch.Tensor) -> dict[str, tuple[Callable, tuple]]:
     """What is timed: name -> (function to rows, the tensors that take a gradient)."""
     ids = batch.input_ids
@@ -103,8 +108,8 @@ def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch
         "masked_scatter": (lambda: baselines.hf_masked_scatter(ids, text, features, IMAGE), both),
         "masked_scatter, checked": (lambda: baselines.hf_checked(ids, text, features, IMAGE), both),
         "clone and index": (lambda: baselines.nanovlm(ids, text, features, IMAGE), both),
-        ROW_OP: (lambda: autograd.merge_rows(ops.direct(backend, text, (features,)), text, None, (features,), row_call), both),
-        "row op, ready plan, images frozen": (lambda: autograd.merge_rows(text, None, (frozen,), row_call), (text,)),
+        ROW_OP: (lambda: row_op(text, features, row_call), both),
+        "row op, ready plan, images frozen": (lambda: row_op(text, frozen, row_call), (text,)),
     }
     for layout in ("keep", "packed"):
         given = dict(attention_mask=batch.attention_mask, labels=batch.labels, layout=layout)
