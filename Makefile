@@ -17,7 +17,7 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench info native lint clean
+.PHONY: help demo test bench info native lint format clean
 
 help:
 	@echo "make demo    the main job on real pictures and text: checks, a table, a picture in out/"
@@ -25,7 +25,7 @@ help:
 	@echo "make bench   benchmarks, written to benchmarks/results/"
 	@echo "make info    versions, and every backend with the reason why it is or is not there"
 	@echo "make native  compile csrc/ again in place, only what changed"
-	@echo "make lint    ruff, clang-format and the project's own patterns, on all tracked files"
+	@echo "make lint    ruff, clang-format and the project's own patterns, on all tracked files; make format mends"
 	@echo "make clean   remove what a build leaves;  rm -r .venv removes the environment"
 
 demo: $(READY)
@@ -46,6 +46,9 @@ native: $(READY)
 
 lint: $(VENV)/.lint
 	@$(VENV)/bin/pre-commit run --all-files
+
+format: $(VENV)/.lint
+	@$(VENV)/bin/pre-commit run --all-files --hook-stage manual
 
 $(VENV)/.lint: Makefile | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(LINT)
