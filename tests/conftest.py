@@ -32,10 +32,26 @@ def pytest_report_header(config):
     return [f"vlm_fuse backend {name}: {'yes' if info.available else 'no'}: {info.reason}" for name, info in vlm_fuse.backends().items()]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all cases under Triton's interpreter too, not every nth of the long lists")
+
+
+def pytest_collection_modifyitems(config, items):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not config.getoption("--full")
+    kept, left_out, seen = [], [], {}
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        thinned = item.get_closest_marker("thinned")
+        if interpreted and thinned and hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+            number = seen[item.function] = seen.get(item.function, -1) + 1
+            if number % thinned.args[0]:
+                left_out.append(item)
+                continue
+        kept.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -54,6 +54,7 @@ def test_rows(name, backend, device):
     assert out.data_ptr() != hidden.data_ptr() or not out.numel()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("feature", DTYPES, ids=lambda dtype: short(dtype))
 @pytest.mark.parametrize("text", DTYPES, ids=lambda dtype: short(dtype))
 def test_dtypes_and_gradients(text, feature, backend, device):

@@ -45,11 +45,13 @@ def check_gradients(case, backend, device, seed=0):
         assert_equal(leaf.grad.cpu(), expected, f"gradient of {tuple(leaf.shape)}")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.name)
 def test_gradients(case, backend, device):
     check_gradients(case, backend, device)
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("feature", DTYPES, ids=lambda dtype: short(dtype))
 @pytest.mark.parametrize("text", DTYPES, ids=lambda dtype: short(dtype))
 @pytest.mark.parametrize("name", ["two_images_left_padded", "one_token_many_times", "fused_embedding_scaled", "added_expanded_packed", "added_expanded_weight_padded"])
@@ -84,6 +86,7 @@ def test_like_plain_autograd(name, backend, device):
 CHECKED = ["two_images_left_padded", "three_kinds_mixed_forms", "packed_dropped_placeholders", "expanded_left", "legacy_counts", "added_expanded_weight_padded", "fused_embedding_scaled", "added", "dummy_image_in_a_list_but_no_placeholder"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CHECKED)
 def test_gradcheck(name, backend, device):
     case = replace(BY_NAME[name], dtype=torch.float64, D=2)
@@ -174,6 +177,7 @@ def test_one_tensor_twice_in_a_list(backend, device):
 # -- gradients as autograd hands them over -----------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["two_images_left_padded", "fused_embedding", "packed_three_kinds"])
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "last_stride_two", "unaligned"])
 def test_gradients_of_any_strides(name, layout, backend, device):

@@ -44,6 +44,7 @@ def guarded(rows: int, *shape, dtype=torch.float32, device="cpu"):
     return buffer, buffer[2 : rows + 2]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("D", [1, 3, 8, 33])
 @pytest.mark.parametrize("name", ["two_images_left_padded", "packed_layout", "expanded", "legacy_left_padding", "fused_embedding", "added"])
 def test_guard_rows_around_out(name, D, backend, device):

@@ -21,6 +21,7 @@ def run(case, backend, device, seed=0):
     return [out.detach(), merged.position_ids, merged.kv_lo, merged.kv_hi, *(leaf.grad for leaf in tensors.leaves)]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_two_runs(name, dtype, backend, device):

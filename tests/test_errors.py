@@ -59,6 +59,7 @@ def check_message(error, sample, words):
         assert re.search(rf"(?<!\d){re.escape(word)}(?!\d)", text), f"{word!r} not in {text!r}"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_sync_names_it_before_anything_is_written(name, backend, device):
     case, sample, words = MISMATCHES[name]
@@ -84,6 +85,7 @@ def test_sync_names_it_before_anything_is_written(name, backend, device):
 PLAN_KNOWS = [name for name, (case, *_) in MISMATCHES.items() if all(k.sizes is not None or k.counts is not None for k in case.given.kinds) and not any(k.rows != k.numbered for k in case.given.kinds)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", PLAN_KNOWS)
 def test_plan_names_it_at_once(name, backend, device):
     case, sample, words = MISMATCHES[name]
@@ -97,6 +99,7 @@ def test_plan_names_it_at_once(name, backend, device):
 ROWS_MISSING = ["too_few_rows", "no_rows_but_placeholders", "masked_placeholders_take_rows_too", "second_kind_too_few", "unused_with_counts_allows_more_not_less", "expand_too_few_images"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ROWS_MISSING)
 @pytest.mark.parametrize("validate", ["async", "off"])
 def test_rows_without_a_feature_are_zero(name, validate, backend, device):
@@ -121,6 +124,7 @@ def test_rows_without_a_feature_are_zero(name, validate, backend, device):
     vlm_fuse_raises_nothing()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", [name for name in MISMATCHES if name not in ROWS_MISSING and not name.startswith("images_first")])
 def test_async_flags_every_error(name, backend, device):
     """No exception at the call, no access out of bounds, the same sample when somebody asks."""
@@ -190,6 +194,7 @@ def test_errors_of_random_batches(backend, device):
 # -- ids outside the table ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("bad", [9, 10**6, -1, -100, 2**31, 2**40, -(2**40)])
 @pytest.mark.parametrize("layout", ["keep", "packed"])
 def test_ids_outside_the_table(bad, layout, backend, device):

@@ -82,6 +82,7 @@ def check_mask(make, documents, images, attend, **more):
 # -- of a plan ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("attend", ATTENDS, ids=words)
 def test_mask_of_every_case(attend, backend, device):
     for case in SPECIAL if backend != "triton" else SPECIAL[::4]:

@@ -30,6 +30,7 @@ def with_dtypes(case: Case, text, *features) -> Case:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.name)
 def test_rows(case, backend, device):
     tensors = case.tensors(device=device)
@@ -43,6 +44,7 @@ def test_rows(case, backend, device):
         assert_bits(leaf, copy, "an input after the call")
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.name)
 def test_rows_in_bfloat16(case, backend, device):
     case = with_dtypes(case, torch.bfloat16, torch.bfloat16)
@@ -59,6 +61,7 @@ def test_rows_of_random_batches(backend, device):
     check()
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("text, feature", PAIRS, ids=lambda dtype: short(dtype))
 @pytest.mark.parametrize("name", ["two_images_left_padded", "fused_embedding_scaled", "added", "added_to_scaled_weight"])
 def test_dtypes(name, text, feature, backend, device):
@@ -69,6 +72,7 @@ def test_dtypes(name, text, feature, backend, device):
     assert_equal(merged.cpu(), expected_rows(case.tensors()), "inputs_embeds")
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("wanted", DTYPES, ids=lambda dtype: short(dtype))
 @pytest.mark.parametrize("text, feature", PAIRS, ids=lambda dtype: short(dtype))
 def test_out_decides_the_dtype(text, feature, wanted, backend, device):
@@ -157,6 +161,7 @@ def _views(tensor):
         yield "rows_first", tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("view", ["last_stride_two", "transposed", "every_second", "unaligned", "images_last", "rows_first"])
 @pytest.mark.parametrize("D", [6, 64])
 def test_views_of_the_inputs(view, D, backend, device):
@@ -293,6 +298,7 @@ def test_embedding_under_a_placeholder_is_not_read(backend, device):
 # -- outputs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("combine", ["replace", "add"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: short(dtype))
 def test_in_place(dtype, combine, backend, device):
@@ -378,6 +384,7 @@ def test_fields_of_the_plan_are_read_through(name, backend):
         merged.no_such_field
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.name)
 def test_unpack(case, backend, device):
     tensors = case.tensors(device=device)
@@ -416,6 +423,7 @@ def test_unpack_of_nothing(name, backend):
 # -- a plan made before ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("case", [case for case in SPECIAL if case.given.kinds and not case.given.unused], ids=lambda case: case.name)
 def test_ready_plan(case, backend, device):
     tensors = case.tensors(device=device)

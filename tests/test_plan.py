@@ -52,6 +52,7 @@ def test_plan_of_merge(case, backend, device):
     check_plan(merge(case.tensors(device=device), backend).plan, case)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", [case for case in SPECIAL if rows_are_told(case)], ids=lambda case: case.name)
 def test_plan_made_ahead(case, backend, device):
     plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))

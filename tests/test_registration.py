@@ -515,6 +515,7 @@ def test_vmap_and_forward_mode_are_refused_in_words(backend):
             function(forward.make_dual(text.clone().requires_grad_(needs_grad), torch.ones_like(text)))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.parametrize("name", ["packed_layout", "fused_embedding", "expanded_two_kinds"])
 def test_checkpoint(name, reentrant, backend, device):
