@@ -486,3 +486,59 @@ def test_no_row_is_made_twice_for_other_kinds():
 
 def test_vocabulary_is_what_the_cases_think():
     assert all(0 <= token < VOCABULARY or token in [k.token for k in case.given.kinds] for case in SPECIAL for token in case.flat_tokens)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def allocated(function) -> int:
+    """Bytes that PyTorch allocated during a call, freed again or not."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = function()
+    del result
+    return sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("way", ["keep", "packed", "weight", "list", "mixed_dtypes", "add", "expand", "views"])
+def test_nothing_of_the_outputs_size_but_the_output(way):
+    """Beside the output and its gradients: less than 64 bytes a token."""
+    if not vlm_fuse.backends()["cpu"].available:
+        pytest.skip("plain PyTorch makes temporaries")
+    B, T, D = 2, 600, 512
+    ids = torch.randint(0, 100, (B, T))
+    ids[:, ::2] = 700
+    rows = int(ids.eq(700).sum())
+    text, features = torch.randn(B, T, D), torch.randn(rows, D)
+    options = dict(image_token_id=700, attention_mask=(torch.arange(T) < T - 5).expand(B, T), backend="cpu")
+    given = dict(inputs_embeds=text, image_embeds=features)
+    if way == "weight":
+        given = dict(inputs_embeds=None, weight=torch.randn(100, D), image_embeds=features)
+    elif way == "list":
+        given["image_embeds"] = [features[i : i + 6].clone() for i in range(0, rows, 6)]
+    elif way == "mixed_dtypes":
+        given["image_embeds"] = features.bfloat16()
+    elif way == "expand":
+        given["image_embeds"] = torch.randn(rows, 3, D)
+        options |= dict(scheme="expand", layout="packed")
+    elif way == "views":
+        given = dict(inputs_embeds=torch.randn(T, B, D).transpose(0, 1), image_embeds=torch.randn(rows, 2 * D)[:, ::2])
+    elif way in ("packed", "add"):
+        options |= dict(layout="packed") if way == "packed" else dict(combine="add")
+    leaves = [leaf for value in given.values() if value is not None for leaf in (value if isinstance(value, list) else [value])]
+
+    def forward():
+        merged = vlm_fuse.merge(ids, **given, **options)
+        return merged, merged.position_ids, merged.document_ids, merged.cu_seqlens, merged.kv_lo
+
+    merged = forward()[0]
+    tokens = merged.source_index.numel()
+    output = merged.inputs_embeds.numel() * merged.inputs_embeds.element_size()
+    assert allocated(forward) - output < 64 * tokens
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = forward()[0].inputs_embeds
+    grad = torch.randn_like(out)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    extra = 100 * D * 4 if way == "weight" else 0  # sums of the rows of one id
+    assert allocated(lambda: torch.autograd.grad(out, leaves, grad)) - gradients < 64 * tokens + extra

@@ -177,3 +177,30 @@ def test_max_documents_pads_cu_seqlens(backend, device):
     case = BY_NAME["documents_in_one_row"]
     plan = vlm_fuse.plan(case.input_ids(device), max_documents=6, backend=backend, **case.settings(device), **case.kinds_for_plan(device))
     assert plan.cu_seqlens.tolist() == [0, 4, 8, 9, 9, 9, 9]
+
+
+def _with_plan(cases):
+    """What a collate function does in a worker: plan the batch before the rows exist."""
+    (case,) = cases
+    return case.input_ids(), vlm_fuse.plan(case.input_ids(), **case.settings(), **case.kinds_for_plan())
+
+
+def test_plans_made_by_the_workers_of_a_data_loader():
+    chosen = [BY_NAME[name] for name in ("packed_three_kinds", "documents_packed_again", "expanded_left", "legacy_counts")]
+    loader = torch.utils.data.DataLoader(chosen, batch_size=1, collate_fn=_with_plan, num_workers=1)
+    for case, (ids, plan) in zip(chosen, loader):
+        check_plan(plan, case)
+        tensors = case.tensors()
+        merged = vlm_fuse.merge(ids, plan=plan, **{name: value for name, value in tensors.merge_arguments().items() if name in ("inputs_embeds", "image_embeds", "image_token_id")})
+        assert torch.equal(merged.inputs_embeds, merge(tensors, "reference").inputs_embeds)
+
+
+def test_a_mismatch_is_named_in_the_worker():
+    from dataclasses import replace
+
+    case = BY_NAME["counts_by_sample"]
+    kinds = (replace(case.given.kinds[0], counts=(2, 1, 1)),)
+    broken = replace(case, given=replace(case.given, kinds=kinds))
+    loader = torch.utils.data.DataLoader([broken], batch_size=1, collate_fn=_with_plan, num_workers=1)
+    with pytest.raises(ValueError, match="sample 1"):
+        next(iter(loader))
