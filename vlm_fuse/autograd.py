@@ -18,8 +18,6 @@ from torch.autograd import Function, forward_ad
 
 from . import ops
 
-_peek_functorch = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
-
 
 class Likes(NamedTuple):
     """(shape, dtype) of what gradients are wanted for."""
@@ -48,13 +46,12 @@ def merge_rows(kernels, text: Tensor | None, weight: Tensor | None, features: tu
 
     `kernels`: what `ops.direct` gave for all of these tensors; None: through the registered operator.
     """
+    table = text if weight is None else weight
     if kernels is None:
         _no_out(out)
+        if ops.functorch_active():
+            return _FunctionalMergeRows.apply(_Opaque(call), weight is not None, table, *features)
         return _op(text, weight, features, call)
-    table = text if weight is None else weight
-    if _peek_functorch() is not None:
-        _no_out(out)
-        return _FunctionalMergeRows.apply(call, weight is not None, table, *features)
     if torch.is_grad_enabled():
         records = table.requires_grad
         for rows in features:
@@ -99,7 +96,7 @@ def _like(tensor: Tensor) -> tuple:
 def _gradients(grad: Tensor, call: RowCall, likes: Likes, needs_table: bool, needs_features) -> list[Tensor | None]:
     """The gradients in the order of the inputs, None where not needed; differentiable where gradients are recorded."""
     tokens, scale, starts, source_index, text_index, add, _, _, backend = call
-    kernels = None if torch.is_grad_enabled() or _peek_functorch() is not None else ops.direct(backend, grad)
+    kernels = None if torch.is_grad_enabled() else ops.direct(backend, grad)
     if kernels is not None:
         grad_table, grad_features = ops.merge_rows_backward(
             kernels, grad, source_index, text_index, tokens, scale, starts, add, likes.table, likes.is_weight, needs_table, likes.features, needs_features
@@ -217,6 +214,13 @@ torch.library.register_autograd("vlm_fuse::merge_rows_backward", _op_double_back
 # --- torch.func -------------------------------------------------------------------------------------------------------
 
 
+class _Opaque:
+    """Keeps functorch from looking into a RowCall and wrapping its index tensors."""
+
+    def __init__(self, call: RowCall):
+        self.call = call
+
+
 class _NoTransforms(Function):
     """What functorch asks of a Function, refused in words."""
 
@@ -231,31 +235,31 @@ class _NoTransforms(Function):
 
 class _FunctionalMergeRows(_NoTransforms):
     @staticmethod
-    def forward(call: RowCall, is_weight: bool, table: Tensor, *features: Tensor):
-        return _op(None if is_weight else table, table if is_weight else None, features, call)
+    def forward(held: _Opaque, is_weight: bool, table: Tensor, *features: Tensor):
+        return _op(None if is_weight else table, table if is_weight else None, features, held.call)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.call, is_weight, table, *features = inputs
+        ctx.held, is_weight, table, *features = inputs
         ctx.likes = Likes(_like(table), is_weight, tuple(_like(rows) for rows in features))
 
     @staticmethod
     def backward(ctx, grad):
         count = len(ctx.likes.features)
-        made = _FunctionalMergeRowsBackward.apply(grad, ctx.call, ctx.likes, True, (True,) * count)
+        made = _FunctionalMergeRowsBackward.apply(grad, ctx.held, ctx.likes, True, (True,) * count)
         return (None, None, *made)
 
 
 class _FunctionalMergeRowsBackward(_NoTransforms):
     @staticmethod
-    def forward(grad: Tensor, call: RowCall, likes: Likes, needs_table: bool, needs_features):
-        return tuple(_gradients(grad, call, likes, needs_table, needs_features))
+    def forward(grad: Tensor, held: _Opaque, likes: Likes, needs_table: bool, needs_features):
+        return tuple(_gradients(grad, held.call, likes, needs_table, needs_features))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, ctx.call, ctx.likes, *ctx.needs = inputs
+        grad, ctx.held, ctx.likes, *ctx.needs = inputs
         ctx.grad_dtype = grad.dtype
 
     @staticmethod
     def backward(ctx, *second):
-        return (_double_backward(list(second), ctx.grad_dtype, ctx.call, ctx.likes, *ctx.needs), None, None, None, None)
+        return (_double_backward(list(second), ctx.grad_dtype, ctx.held.call, ctx.likes, *ctx.needs), None, None, None, None)

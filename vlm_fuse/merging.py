@@ -224,7 +224,7 @@ def merge(
         kernels = ops.direct(asked, text, features)
     add = plan._settings.combine == "add"
     call = RowCall(
-        None if weight is None else input_ids.contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
+        None if weight is None else ops.unwrapped(input_ids).contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
         text.dtype if out is None else _checked_dtype(out), ops.mode_of(validate, text), asked,
     )  # fmt: skip
     if out is not None:

@@ -7,6 +7,7 @@ pointers to the kernels, and make_fx would bake results in as constants.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -42,17 +43,14 @@ library.define(
 
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_peek_functorch = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def traced() -> bool:
-    """Something watches the calls: they must go through the registered operators."""
-    return is_compiling() or _dispatch_modes() or _function_modes()
 
 
 def plain(tensor: Tensor) -> bool:
     """An ordinary tensor with memory of its own, which a kernel may read directly."""
-    return type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda or tensor.is_xpu)
+    return type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda or tensor.is_xpu) and not _wrapped(tensor)
 
 
 def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> ModuleType | None:
@@ -62,9 +60,29 @@ def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> Mod
     for other in others:
         if type(other) not in _PLAIN:
             return None
+    if _peek_functorch() is not None and (_wrapped(tensor) or any(map(_wrapped, others))):
+        return None
     if tensor.is_cpu:
         return choose(backend, "cpu")
     return choose(backend, tensor.device.type) if plain(tensor) else None
+
+
+def functorch_active() -> bool:
+    """Inside a transform of torch.func."""
+    return not is_compiling() and _peek_functorch() is not None
+
+
+#: inside it torch.func does not wrap new tensors: a plan takes part in no transform.
+outside_functorch = getattr(torch._C, "_DisableFuncTorch", nullcontext)
+
+
+def unwrapped(tensor: Tensor | None) -> Tensor | None:
+    """The plain tensor inside those of torch.func: ids and masks take part in no gradient."""
+    while tensor is not None and not is_compiling() and _wrapped(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            raise NotImplementedError("merge: torch.vmap is not supported; the op takes a batch as it is")
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _kernels(backend: str, tensor: Tensor) -> ModuleType:
@@ -112,6 +130,9 @@ def _plan(kernels: ModuleType, batch: Batch, width: int | None, validate: str, b
 
 def plan(batch: Batch, width: int | None, validate: str, backend: str, kernels: ModuleType | None = None) -> Tensor:
     """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None. `kernels`: as `direct` gave it."""
+    if functorch_active():
+        with outside_functorch():
+            return _plan(_kernels(backend, batch.tokens), batch, width, validate, backend)
     if kernels is None:
         kernels = direct(backend, batch.tokens)
     if kernels is None:
@@ -173,6 +194,9 @@ def _facts(kernels: ModuleType, batch: Batch, width: int, names: tuple[str, ...]
 
 def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
     """The named facts of the rows; `documents` sizes cu_seqlens where document_ids are given, None: as many as there are."""
+    if functorch_active():
+        with outside_functorch():
+            return _facts(_kernels(backend, batch.tokens), batch, width, names, documents, backend)
     kernels = direct(backend, batch.tokens)
     if kernels is None:
         return tuple(torch.ops.vlm_fuse.facts(*batch, width, ",".join(names), documents, backend))
@@ -221,6 +245,9 @@ def intervals(document_ids, image_ids, attend: Attend, prefix_lengths=None, pare
     image_ids = image_ids.int().contiguous() if image_ids is not None and attend.images != "causal" else None
     prefix_lengths, parent_ids = (_ints(value, document_ids.device) for value in (prefix_lengths, parent_ids))
     args = (document_ids, image_ids, attend.codes, prefix_lengths, parent_ids, pair, mode_of(validate, document_ids), name_from(backend))
+    if functorch_active():
+        with outside_functorch():
+            return _intervals(*args)
     if direct(args[-1], document_ids) is None:
         made = torch.ops.vlm_fuse.intervals(*args)
         return (*made, None, None) if len(made) == 2 else tuple(made)
