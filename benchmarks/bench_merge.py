@@ -156,7 +156,8 @@ def measure(operation: operations.Operation, batch: batches.Batch, arguments: ar
         return {**result, "refused": str(error)}
     least, warmup = (3, 1) if arguments.quick else (5, 2)
     times = interleave(operation.contestants, budget=arguments.budget, device=arguments.device, least=least, warmup=warmup, seed=arguments.seed)
-    transient = {c.name: transient_bytes(c.run, arguments.device) for c in operation.contestants}
+    # the same in every process
+    transient = {c.name: transient_bytes(c.run, arguments.device, warm=True) for c in operation.contestants} if not arguments.seed else {}
     return {**result, "times": times.times, "faults": times.faults, "transient": transient}
 
 

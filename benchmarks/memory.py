@@ -10,13 +10,16 @@ import torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines for every call
 
 
-def transient_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
+def transient_bytes(run: Callable[[], Any], device: str = "cpu", *, warm: bool = False) -> int:
     """Bytes that `run` holds at its highest point beyond those that live on in its result.
 
     Counts torch's own allocations, to the byte. On the CPU memory that native code takes from malloc itself is not
     seen: `resident_bytes` bounds that.
+
+    warm: `run` has run before; what is made once (caches, compiled code) is not transient memory.
     """
-    run()  # what is made once (caches, compiled code) is not transient memory
+    if not warm:
+        run()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -18,6 +18,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 
 FLUSH_BYTES = 256 << 20  # larger than the L2 of any GPU at hand
+LONG_ROUND = 2.0  # seconds after which one round is enough to warm up
 HEADSTART_CYCLES = 2_000_000  # about 1 ms of GPU work queued ahead, so that the host is not timed
 
 
@@ -96,6 +97,8 @@ def interleave(
         for contestant in contestants:
             _once(contestant, clock)
         round_seconds = time.perf_counter() - started
+        if round_seconds > LONG_ROUND:
+            break
     rounds = max(least, min(most, int(budget / max(round_seconds, 1e-9))))
     order, shuffle = list(contestants), random.Random(seed).shuffle
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
