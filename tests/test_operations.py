@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import vlm_fuse
 from benchmarks import batches, bench_overhead, operations
+from benchmarks.memory import resident_bytes
 from benchmarks.presets import Load
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -59,3 +61,16 @@ def test_host_cost_is_measured_in_every_mode():
         rows = bench_overhead.rows_of(bench_overhead.measure(mode, "cpu", rounds=2, repeats=1))
         assert rows[bench_overhead.EMBEDDING]["p10_us"] > 0
         assert {limit.contestant for limit in bench_overhead.LIMITS} <= {name.removesuffix(", keep").removesuffix(", packed") for name in rows}
+
+
+@pytest.mark.no_poison
+def test_merge_takes_no_memory_of_the_size_of_the_rows():
+    """Also none that native code takes from malloc behind torch's back: the process grows by the output, and a little."""
+    made = batches.case_a()
+    run = next(c.run for c in operations.forward(made, ()).contestants if c.name == operations.OURS)
+    grown = resident_bytes(run)
+    if grown is None:
+        pytest.skip("the kernel does not let the mark of the highest resident size be reset")
+    if not vlm_fuse.backends()["cpu"].available:
+        pytest.skip("the reference does")
+    assert grown <= made.out_bytes + 64 * made.tokens + (4 << 20)
