@@ -37,8 +37,7 @@ def add_features(hidden_states: Tensor, image_embeds, plan: TokenPlan) -> Tensor
 
     Source: DeepStack (arXiv 2406.04334), as in Qwen3-VL.
     """
-    if not isinstance(plan, TokenPlan):
-        raise TypeError(f"plan: expected a TokenPlan, got {type(plan).__name__}")
+    settled.is_plan(plan)
     checks.dtype_of("hidden_states", hidden_states, checks.ROW_DTYPES)
     shape = plan.source_index.shape
     if hidden_states.dim() != 3 or hidden_states.shape[:2] != shape:

@@ -183,6 +183,8 @@ def output(out: Tensor, shape, dim: int, sources: tuple[Tensor, ...], inputs_emb
             first, last = _extent(source)
             if first < stop and start < last:
                 raise ValueError("out: shares memory with a tensor that is read; give memory of its own")
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        raise ValueError(f"out: the elements of a row are {out.stride(-1)} apart; give a tensor whose last dimension is contiguous")
     if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
         raise ValueError("out: is expanded, several elements share one place in memory; give a contiguous tensor")
 

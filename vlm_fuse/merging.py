@@ -214,14 +214,21 @@ def merge(
             kernels = ops.direct(asked, text, features)
     else:
         options = (scheme, combine, layout, padding_side, length, attend, unused_features)
-        plan, kinds = settled.agree(plan, options, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
-        settled.sources(plan, kinds, input_ids, inputs_embeds, weight, embed_scale, text)
-        features, starts = forms.tables(kinds, plan.feature_starts)
+        settled.is_plan(plan)
         if asked == "auto":
             asked = plan._settings.backend
+        kernels = ops.direct(asked, text)
+        if (placeholder_mask is None is labels is embed_scale) and settled.usual(
+            plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id
+        ):
+            features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
+        else:
+            plan, kinds = settled.agree(plan, options, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
+            settled.sources(plan, kinds, input_ids, inputs_embeds, weight, embed_scale, text)
+            features, starts = forms.tables(kinds, plan.feature_starts)
+            kernels = ops.direct(asked, text, features)
         if validate == "auto":
             validate = plan._settings.validate
-        kernels = ops.direct(asked, text, features)
     add = plan._settings.combine == "add"
     call = RowCall(
         None if weight is None else ops.unwrapped(input_ids).contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,

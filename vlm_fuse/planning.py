@@ -56,8 +56,6 @@ def make(
     tokens: Tensor, attention_mask, labels, document_ids, kinds: tuple[forms.Kind, ...], feature_counts, chosen: Choices, kernels=None
 ) -> TokenPlan:  # fmt: skip
     """The plan of a checked batch. `kinds` as `features.describe` gives them."""
-    if ops.functorch_active():
-        tokens, attention_mask, labels, document_ids = map(ops.unwrapped, (tokens, attention_mask, labels, document_ids))
     samples, scheme, masked = tokens.shape[0], SCHEMES[chosen.scheme], chosen.settings.masked_by_tensor
     counts = None if feature_counts is None else forms.counts_table(feature_counts, kinds, samples, masked, tokens.device)
     if counts is not None or scheme != "placeholders" or forms.unsettled(kinds):
@@ -72,6 +70,8 @@ def make(
         counts,
         *chosen[:4],
     )
+    if ops.functorch_active():
+        batch = Batch._make(ops.unwrapped(field) if isinstance(field, Tensor) else field for field in batch)
     if any(kind.rows < 0 for kind in kinds):
         batch = _count_rows(batch, kinds, chosen.settings.backend)
     return TokenPlan(batch, chosen.settings, kernels)

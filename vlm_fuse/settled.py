@@ -7,16 +7,37 @@ from torch import Tensor
 from . import checks
 from . import features as forms
 from .attending import Attend
+from .batch import KIND_FIELDS
 from .token_plan import TokenPlan
 
 _NAMES = ("scheme", "combine", "layout", "padding_side", "length", "attend", "unused_features")
 _DEFAULTS = ("placeholders", "replace", "keep", "right", None, Attend(), "error")
 
 
-def agree(plan, settings: tuple, input_ids, image_embeds, image_token_id, placeholder_mask, labels) -> tuple[TokenPlan, tuple[forms.Kind, ...]]:
-    """The plan (with labels where it had none), and the kinds of a call in the plan's order."""
+def is_plan(plan) -> None:
     if type(plan) is not TokenPlan:
         raise TypeError(f"plan: expected a TokenPlan, got {type(plan).__name__}")
+
+
+def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, weight, image_embeds, image_token_id) -> bool:
+    """A call of the usual form, in which one native call finds that everything fits the plan; else `agree` looks closer."""
+    ordinary = getattr(kernels, "ordinary", None)
+    if ordinary is None or options != _DEFAULTS:
+        return False
+    batch = plan._batch
+    if input_ids is None:
+        input_ids = batch.tokens if weight is None else None
+    elif input_ids is not batch.tokens and input_ids.shape != batch.tokens.shape:
+        return False
+    kinds = batch.kinds
+    if len(kinds) != KIND_FIELDS or plan._settings.masked_by_tensor or plan._target is not None or image_token_id not in (None, kinds[0]):
+        return False
+    rows = ordinary(input_ids, inputs_embeds, weight, image_embeds, None, None, None)
+    return rows is not None and rows[0] == kinds[2]
+
+
+def agree(plan: TokenPlan, settings: tuple, input_ids, image_embeds, image_token_id, placeholder_mask, labels) -> tuple[TokenPlan, tuple[forms.Kind, ...]]:
+    """The plan (with labels where it had none), and the kinds of a call in the plan's order."""
     if settings != _DEFAULTS:
         for name, value, default in zip(_NAMES, settings, _DEFAULTS):
             own = getattr(plan, name)

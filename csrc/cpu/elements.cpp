@@ -3,6 +3,8 @@
 namespace vlm_fuse {
 namespace {
 
+constexpr int64_t kAheadBytes = 1024;  // more at once would fill the processor's list of pending lines
+
 // values * by, rounded to the type that `by` has been rounded to already.
 template <class Wide>
 void scale_rounded(void* values, DType dtype, double by, int64_t count) {
@@ -51,9 +53,10 @@ void Writer::put(char* to, const void* values, DType from, int64_t count, void* 
   copy_bytes(to, static_cast<const char*>(buffer), count * size_, store_);
 }
 
-void Writer::copy(char* to, const char* from, int64_t count, const Reader& reader) const {
+void Writer::copy(char* to, const char* from, int64_t count, const Reader& reader, const char* ahead) const {
   const bool as_is = reader.dense_elements && !reader.scaled;
-  if (as_is && reader.dtype == dtype_) return copy_bytes(to, from, count * size_, store_);
+  if (as_is && reader.dtype == dtype_) return copy_bytes(to, from, count * size_, store_, ahead);
+  if (ahead != nullptr) prefetch(ahead, std::min<int64_t>(count * reader.step, kAheadBytes));
   if (as_is && store_ == Store::kOrdinary) return converter(reader.dtype, dtype_)(to, from, count);
   Block source, target;
   int64_t n = first_block(to, count);

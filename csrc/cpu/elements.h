@@ -38,8 +38,9 @@ class Writer {
  public:
   Writer(DType dtype, Store store) : dtype_(dtype), size_(size_of(dtype)), store_(store) {}
 
-  // count elements of one row (or of neighbouring rows, where both sides are dense).
-  void copy(char* to, const char* from, int64_t count, const Reader& reader) const;
+  // count elements of one row (or of neighbouring rows, where both sides are dense). `ahead`: the row that is read
+  // soon after, or null.
+  void copy(char* to, const char* from, int64_t count, const Reader& reader, const char* ahead = nullptr) const;
 
   // The sum of two rows, in fp64 where either is, else in fp32, rounded once.
   void sum(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,

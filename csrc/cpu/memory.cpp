@@ -71,8 +71,9 @@ void finish_stores(Store store) {
 }
 
 // A line that is written only in part goes through the cache.
-void copy_bytes(char* to, const char* from, int64_t bytes, Store store) {
+void copy_bytes(char* to, const char* from, int64_t bytes, Store store, const char* ahead) {
   if (store == Store::kOrdinary || bytes < 256) {
+    if (ahead != nullptr) prefetch(ahead, bytes);
     std::memcpy(to, from, static_cast<size_t>(bytes));
     return;
   }
@@ -80,6 +81,7 @@ void copy_bytes(char* to, const char* from, int64_t bytes, Store store) {
   std::memcpy(to, from, static_cast<size_t>(head));
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
+    if (ahead != nullptr) prefetch(ahead + i, 64);
     const __m128i* source = reinterpret_cast<const __m128i*>(from + i);
     __m128i* target = reinterpret_cast<__m128i*>(to + i);
     const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
@@ -115,7 +117,10 @@ void zero_bytes(char* to, int64_t bytes, Store store) {
 
 void finish_stores(Store) {}
 
-void copy_bytes(char* to, const char* from, int64_t bytes, Store) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+void copy_bytes(char* to, const char* from, int64_t bytes, Store, const char* ahead) {
+  if (ahead != nullptr) prefetch(ahead, bytes);
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
 
 void zero_bytes(char* to, int64_t bytes, Store) { std::memset(to, 0, static_cast<size_t>(bytes)); }
 

@@ -16,10 +16,7 @@ Store prepare(void* data, int64_t bytes, int64_t all_bytes, bool fresh);
 // After the streaming stores of a thread, before others may read.
 void finish_stores(Store store);
 
-void copy_bytes(char* to, const char* from, int64_t bytes, Store store);
-void zero_bytes(char* to, int64_t bytes, Store store);
-
-// Asks for the bytes to be brought near, for a row that is read soon.
+// Asks for bytes to be brought near, for a row that is read soon.
 inline void prefetch(const char* from, int64_t bytes) {
 #if defined(__GNUC__)
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 0);
@@ -27,5 +24,9 @@ inline void prefetch(const char* from, int64_t bytes) {
   (void)from, (void)bytes;
 #endif
 }
+
+// `ahead`: as many bytes that are read soon after, asked for bit by bit while this copy runs; may be null.
+void copy_bytes(char* to, const char* from, int64_t bytes, Store store, const char* ahead = nullptr);
+void zero_bytes(char* to, int64_t bytes, Store store);
 
 }  // namespace vlm_fuse

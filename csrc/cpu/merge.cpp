@@ -32,8 +32,8 @@ class RowWriter {
       const char* text = text_row(sources.text);
       if (text == nullptr) return write_zeros(row, end);
       if (!dense_text_) {
-        ahead(row + kAhead, end);
-        return write_rows(row, 1, text, text_reader_);
+        writer_.copy(merge_.out.row(row), text, merge_.dim, text_reader_, ahead(row + kAhead, end));
+        return 1;
       }
       const int64_t most = std::min(end - row, merge_.text.together(sources.text));
       return write_rows(row, run(row, most, merge_.add && merge_.text_index == nullptr ? 0 : -1), text, text_reader_);
@@ -100,12 +100,12 @@ class RowWriter {
     return token >= 0 && token < merge_.text.rows ? merge_.text.row(token) : nullptr;
   }
 
-  // Rows of an embedding table are far apart: the processor does not guess the next one.
-  void ahead(int64_t row, int64_t end) const {
-    if (row >= end) return;
-    const RowSources sources = row_sources(row, merge_.source_index, merge_.text_index, merge_.add);
-    const char* text = sources.text < 0 ? nullptr : text_row(sources.text);
-    if (text != nullptr) prefetch(text, std::min<int64_t>(merge_.dim * merge_.text.step, kAheadBytes));
+  // Where the row that comes a little later is read, or null. Rows of an embedding table are far apart: the processor
+  // does not guess the next one by itself.
+  const char* ahead(int64_t row, int64_t end) const {
+    if (row >= end) return nullptr;
+    const int64_t token = row_sources(row, merge_.source_index, merge_.text_index, merge_.add).text;
+    return token < 0 ? nullptr : text_row(token);
   }
 
   void use(const RowTable& table) {
@@ -115,7 +115,6 @@ class RowWriter {
   }
 
   static constexpr int64_t kAhead = 2;
-  static constexpr int64_t kAheadBytes = 1024;
 
   const Merge& merge_;
   Writer writer_;

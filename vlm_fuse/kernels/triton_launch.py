@@ -13,6 +13,9 @@ from torch import Tensor
 #: under TRITON_INTERPRET=1 kernels run on the host, one program after another, and take CPU tensors.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+#: threads of a warp.
+LANES = 64 if torch.version.hip else 32
+
 #: launch options of kernels that count: left to itself NVIDIA's assembler spills a few bytes for the sake of occupancy.
 SCAN = {"num_warps": 8}
 if torch.version.hip is None and not (hasattr(torch, "xpu") and torch.xpu.is_available()):

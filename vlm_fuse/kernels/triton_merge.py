@@ -6,6 +6,7 @@ gradient rows; a weight gradient adds a stable sort of the ids, a search for eac
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..batch import OUTSIDE_VOCABULARY, RAISE, RecordedError
-from .triton_launch import INTERPRETED, on_device_of, row_shape, unit
+from .triton_launch import INTERPRETED, LANES, on_device_of, row_shape, unit
 from .triton_numbers import convert, to_float32
 from .triton_tables import Rows, entry, find_entry, join, offset_of, pack, table_offset
 
@@ -245,11 +246,13 @@ def rows_kernel(
     # written once: rows and programs are one to one, each takes one of three branches, and the columns of a branch do not overlap
 
 
+@functools.lru_cache(maxsize=64)
 def _scale_bits(scale: float | None, dtype: torch.dtype) -> int:
     """The scale rounded to the weight's dtype, as the bits of a double: an argument of no other type carries all of them."""
     if scale is None:
         return 0
-    return struct.unpack("<q", struct.pack("<d", torch.tensor(scale, dtype=dtype).to(torch.float64).item()))[0]  # on the host
+    (rounded,) = torch.tensor([scale], dtype=dtype, device="cpu").tolist()
+    return struct.unpack("<q", struct.pack("<d", rounded))[0]
 
 
 def rows(
@@ -267,17 +270,20 @@ def rows(
     block, warps = row_shape(dim)
     out_unit, text_unit = unit(to.stride0, to.stride1), unit(read.stride0, read.stride1)
     token_count = tokens.numel() if fused else 0
+    check = fused and status is not None and status is not RAISE
+    if check:
+        # the one program that looks at every id should be done before the others are: give it threads
+        warps = max(warps, min(4, block // (8 * LANES)))
     checked = 64 if INTERPRETED.value else 32 * warps * _CHECKED.value
     with on_device_of(out):
         if fused and status is RAISE:
             found = torch.zeros(8, dtype=torch.int64, device=out.device)
             vocabulary_kernel[(1,)](
-                source_index, text_index, tokens, token_count, read.rows, count, found, add, text_index is not None, checked, num_warps=4
+                source_index, text_index, tokens, token_count, read.rows, count, found, add, text_index is not None, 64 if INTERPRETED.value else 2048, num_warps=4
             )
             record = tuple(found.tolist())
             if record[0] == OUTSIDE_VOCABULARY:
                 raise RecordedError(record)
-        check = fused and status is not None and status is not RAISE
         double = torch.float64 in (source.dtype, *(f.dtype for f in features))
         one = packed.one
         rows_kernel[(count + check,)](
@@ -418,7 +424,8 @@ def weight_kernel(
     low = tl.load(begins + token)
     high = tl.load(begins + token + 1)
     total = tl.zeros((BLOCK,), WIDE)
-    for at in range(low, high, 4):
+    at = low
+    while at < high:
         # four loads in flight; a row beyond the last adds zeros, which change no sum that began at zero
         x0 = _sorted_row(grad, order, at, high, cols, grad_width, grad_stride0, grad_stride1, grad_column, D, UNIT, SPLIT, STRIDED)
         x1 = _sorted_row(grad, order, at + 1, high, cols, grad_width, grad_stride0, grad_stride1, grad_column, D, UNIT, SPLIT, STRIDED)
@@ -428,6 +435,7 @@ def weight_kernel(
         total = total + _widen(x1, WIDE)
         total = total + _widen(x2, WIDE)
         total = total + _widen(x3, WIDE)
+        at += 4
     if SCALED:
         total = total * scale.to(tl.int64).to(tl.float64, bitcast=True).to(WIDE)
     target = grad_weight + token.to(tl.int64) * D

@@ -306,12 +306,14 @@ def rows_kernel(
         kept = here & (row < total)
         low = row * 0
         high = low + samples
-        for _ in range(sample_steps):
+        step = tl.zeros((), tl.int32)
+        while step < sample_steps:
             # the last sample that does not begin behind the row
             middle = (low + high) >> 1
             open_ = high - low > 1
             goes = tl.load(row_start + middle, mask=here & open_, other=0) <= row
             low, high = tl.where(open_ & goes, middle, low), tl.where(open_ & (goes == 0), middle, high)
+            step += 1
         sample = low
         ordinal = row
         tail = row - total
@@ -355,11 +357,13 @@ def rows_kernel(
             offset = offset - size
     low = sample * length
     high = low + length
-    for _ in range(token_steps):
+    step = tl.zeros((), tl.int32)
+    while step < token_steps:
         middle = (low + high) >> 1
         open_ = inside & (high - low > 1)
         goes = tl.load(row_before + middle, mask=open_, other=0) <= ordinal
         low, high = tl.where(open_ & goes, middle, low), tl.where(open_ & (goes == 0), middle, high)
+        step += 1
     token = tl.where(inside, low, token)
     if SCHEME != IMAGES_FIRST:
         value = tl.load(tokens + token, mask=inside, other=0).to(tl.int64)
@@ -457,7 +461,7 @@ def _never_empty(batch: Batch) -> Batch:
     if samples and length:
         return batch
     shape = (max(samples, 1), 1)
-    absent = min(batch.kinds[::5], default=0) - 1
+    absent = next(value for value in range(len(batch.kinds) + 1) if value not in batch.kinds[::5])
     tokens = batch.tokens.new_full(shape, 0 if batch.tokens.dtype is torch.bool else absent)
     ids = None if batch.document_ids is None else batch.document_ids.new_full(shape, -1)
     labels = None if batch.labels is None else batch.labels.new_zeros(shape)

@@ -108,11 +108,13 @@ def ends_up_to(image_ends, offset, images, base, value, search_steps):
     """How many of `images` cumulated sizes (less `base`) are not above `value`."""
     low = value * 0
     high = low + tl.maximum(images, 0)
-    for _ in range(search_steps):
+    step = tl.zeros((), tl.int32)
+    while step < search_steps:
         middle = (low + high) >> 1
         open_ = low < high
         end = tl.load(image_ends + offset + middle, mask=open_, other=0) - base
         low, high = tl.where(open_ & (end <= value), middle + 1, low), tl.where(open_ & (end > value), middle, high)
+        step += 1
     return low
 
 
