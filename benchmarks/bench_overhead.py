@@ -220,7 +220,8 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     note = busy_note()
-    rounds, repeats = (40, 20) if arguments.quick else (300, 40)
+    # short enough to fit between two interruptions of a shared machine
+    rounds, repeats = (100, 10) if arguments.quick else (1000, 10)
     timed = {mode: measure(mode, arguments.device, rounds, repeats) for mode in MODES}
     found = {mode: rows_of(times) for mode, times in timed.items()}
     judged = verdicts(found)
