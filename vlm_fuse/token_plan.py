@@ -12,6 +12,7 @@ from . import ops
 from .attending import Attend
 from .batch import KIND_FIELDS, LAYOUTS, PAD, SCHEMES, Batch
 from .masks import IntervalMask
+from .positions import after_parents
 
 SIDES = ("right", "left")
 UNUSED = ("error", "allow")
@@ -157,6 +158,9 @@ class TokenPlan:
         if self._target is not None:
             made = tuple([fact.to(self._target, non_blocking=True) for fact in made])
         self._facts.update(zip(names, made))
+        if "position_ids" in names and self._settings.parent_ids is not None:
+            parent_ids = torch.as_tensor(self._settings.parent_ids, device=self.device)
+            self._facts["position_ids"] = after_parents(self._facts["position_ids"], self.document_ids, parent_ids)
 
     @property
     def text_index(self) -> Tensor:
