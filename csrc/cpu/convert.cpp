@@ -20,6 +20,39 @@ inline __attribute__((always_inline)) void loop(void* to, const void* from, int6
   for (int64_t i = 0; i < count; ++i) t[i] = convert<To>(f[i]);
 }
 
+// fp64 is computed in itself, everything else in fp32.
+template <class Value>
+inline float wide(Value value) {
+  return widen(value);
+}
+inline double wide(double value) { return value; }
+
+template <class To, class From>
+inline __attribute__((always_inline)) void scale_loop(void* to, const void* from, double by, int64_t count) {
+  To* __restrict t = static_cast<To*>(to);
+  const From* __restrict f = static_cast<const From*>(from);
+  const auto factor = static_cast<decltype(wide(From{}))>(by);
+  for (int64_t i = 0; i < count; ++i) t[i] = convert<To>(convert<From>(wide(f[i]) * factor));
+}
+
+template <class Value>
+inline __attribute__((always_inline)) void sum_loop(void* to, const void* a, const void* b, int64_t count) {
+  Value* __restrict t = static_cast<Value*>(to);
+  const Value* __restrict x = static_cast<const Value*>(a);
+  const Value* __restrict y = static_cast<const Value*>(b);
+  for (int64_t i = 0; i < count; ++i) t[i] = convert<Value>(wide(x[i]) + wide(y[i]));
+}
+
+template <class To, class From>
+void plain_scale(void* to, const void* from, double by, int64_t count) {
+  scale_loop<To, From>(to, from, by, count);
+}
+
+template <class Value>
+void plain_sum(void* to, const void* a, const void* b, int64_t count) {
+  sum_loop<Value>(to, a, b, count);
+}
+
 template <class To, class From>
 void plain(void* to, const void* from, int64_t count) {
   loop<To, From>(to, from, count);
@@ -29,6 +62,15 @@ template <class Same>
 void copy(void* to, const void* from, int64_t count) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(Same));
 }
+
+constexpr Scale kPlainScale[kDTypes][kDTypes] = {
+    {plain_scale<float, float>, plain_scale<bf16, float>, plain_scale<f16, float>, plain_scale<double, float>},
+    {plain_scale<float, bf16>, plain_scale<bf16, bf16>, plain_scale<f16, bf16>, plain_scale<double, bf16>},
+    {plain_scale<float, f16>, plain_scale<bf16, f16>, plain_scale<f16, f16>, plain_scale<double, f16>},
+    {plain_scale<float, double>, plain_scale<bf16, double>, plain_scale<f16, double>, plain_scale<double, double>},
+};
+
+constexpr Sum kPlainSum[kDTypes] = {plain_sum<float>, plain_sum<bf16>, plain_sum<f16>, plain_sum<double>};
 
 constexpr Convert kPlain[kDTypes][kDTypes] = {
     {copy<float>, plain<bf16, float>, plain<f16, float>, plain<double, float>},
@@ -99,6 +141,25 @@ constexpr Convert kAvx2[kDTypes][kDTypes] = {
     {avx2<float, double>, avx2<bf16, double>, to_half<double>, copy<double>},
 };
 
+template <class To, class From>
+VLM_FUSE_AVX2 void avx2_scale(void* to, const void* from, double by, int64_t count) {
+  scale_loop<To, From>(to, from, by, count);
+}
+
+template <class Value>
+VLM_FUSE_AVX2 void avx2_sum(void* to, const void* a, const void* b, int64_t count) {
+  sum_loop<Value>(to, a, b, count);
+}
+
+constexpr Scale kAvx2Scale[kDTypes][kDTypes] = {
+    {avx2_scale<float, float>, avx2_scale<bf16, float>, avx2_scale<f16, float>, avx2_scale<double, float>},
+    {avx2_scale<float, bf16>, avx2_scale<bf16, bf16>, avx2_scale<f16, bf16>, avx2_scale<double, bf16>},
+    {avx2_scale<float, f16>, avx2_scale<bf16, f16>, avx2_scale<f16, f16>, avx2_scale<double, f16>},
+    {avx2_scale<float, double>, avx2_scale<bf16, double>, avx2_scale<f16, double>, avx2_scale<double, double>},
+};
+
+constexpr Sum kAvx2Sum[kDTypes] = {avx2_sum<float>, avx2_sum<bf16>, avx2_sum<f16>, avx2_sum<double>};
+
 bool has_avx2() {
   static const bool has = [] {
     __builtin_cpu_init();
@@ -122,6 +183,21 @@ Convert converter(DType from, DType to) {
   if (has_avx2()) return kAvx2[f][t];
 #endif
   return kPlain[f][t];
+}
+
+Scale scaler(DType from, DType to) {
+  const int f = static_cast<int>(from), t = static_cast<int>(to);
+#ifdef VLM_FUSE_X86
+  if (has_avx2()) return kAvx2Scale[f][t];
+#endif
+  return kPlainScale[f][t];
+}
+
+Sum adder(DType dtype) {
+#ifdef VLM_FUSE_X86
+  if (has_avx2()) return kAvx2Sum[static_cast<int>(dtype)];
+#endif
+  return kPlainSum[static_cast<int>(dtype)];
 }
 
 void gather(void* to, const char* from, int64_t step, int64_t count, DType dtype) {

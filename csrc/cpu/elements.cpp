@@ -1,21 +1,6 @@
 #include "elements.h"
 
 namespace vlm_fuse {
-namespace {
-
-constexpr int64_t kAheadBytes = 1024;  // more at once would fill the processor's list of pending lines
-
-// values * by, rounded to the type that `by` has been rounded to already.
-template <class Wide>
-void scale_rounded(void* values, DType dtype, double by, int64_t count) {
-  if (dtype == kWide<Wide>) return scale(static_cast<Wide*>(values), static_cast<Wide>(by), count);
-  Block wide;
-  converter(dtype, kWide<Wide>)(wide.bytes, values, count);
-  scale(reinterpret_cast<Wide*>(wide.bytes), static_cast<Wide>(by), count);
-  converter(kWide<Wide>, dtype)(values, wide.bytes, count);
-}
-
-}  // namespace
 
 double round_to(DType dtype, double value) {
   if (dtype == DType::kF64) return value;
@@ -32,11 +17,20 @@ Reader::Reader(const RowTable& table, bool scaled_, double scale_)
       scaled(scaled_),
       scale(round_to(table.dtype, scale_)) {}
 
-const void* Reader::read(const char* row, int64_t first, int64_t count, void* buffer) const {
-  if (dense_elements && !scaled) return row + first * step;
-  gather(buffer, row + first * step, step, count, dtype);
-  if (scaled && dtype == DType::kF64) scale_rounded<double>(buffer, dtype, scale, count);
-  else if (scaled) scale_rounded<float>(buffer, dtype, scale, count);
+void Reader::load(const char* row, int64_t first, int64_t count, DType to, void* out) const {
+  Block gathered;
+  const void* values = row + first * step;
+  if (!dense_elements) {
+    gather(gathered.bytes, row + first * step, step, count, dtype);
+    values = gathered.bytes;
+  }
+  if (scaled) scaler(dtype, to)(out, values, scale, count);
+  else converter(dtype, to)(out, values, count);
+}
+
+const void* Reader::read(const char* row, int64_t first, int64_t count, DType to, void* buffer) const {
+  if (as_is() && dtype == to) return row + first * step;
+  load(row, first, count, to, buffer);
   return buffer;
 }
 
@@ -54,35 +48,51 @@ void Writer::put(char* to, const void* values, DType from, int64_t count, void* 
 }
 
 void Writer::copy(char* to, const char* from, int64_t count, const Reader& reader, const char* ahead) const {
-  const bool as_is = reader.dense_elements && !reader.scaled;
-  if (as_is && reader.dtype == dtype_) return copy_bytes(to, from, count * size_, store_, ahead);
-  if (ahead != nullptr) prefetch(ahead, std::min<int64_t>(count * reader.step, kAheadBytes));
-  if (as_is && store_ == Store::kOrdinary) return converter(reader.dtype, dtype_)(to, from, count);
-  Block source, target;
+  if (reader.as_is() && reader.dtype == dtype_) return copy_bytes(to, from, count * size_, store_, ahead);
+  if (reader.as_is() && store_ == Store::kOrdinary && ahead == nullptr) return converter(reader.dtype, dtype_)(to, from, count);
+  Block block;
   int64_t n = first_block(to, count);
   for (int64_t i = 0; i < count; i += n, n = std::min(count - i, kElementBlock)) {
-    const void* values = reader.read(from, i, n, source.bytes);
-    put(to + i * size_, values, reader.dtype, n, target.bytes);
+    if (ahead != nullptr) prefetch(ahead + i * reader.step, n * reader.step);
+    if (store_ == Store::kOrdinary) {
+      reader.load(from, i, n, dtype_, to + i * size_);
+    } else {
+      reader.load(from, i, n, dtype_, block.bytes);
+      copy_bytes(to + i * size_, block.bytes, n * size_, store_);
+    }
   }
 }
 
 template <class Wide>
 void Writer::sum_in(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
                     int64_t count) const {
-  const Convert widen_text = converter(text_reader.dtype, kWide<Wide>);
-  const Convert widen_feature = converter(feature_reader.dtype, kWide<Wide>);
-  Block raw, total, more;
+  constexpr DType wide = kWide<Wide>;
+  Block total, more;
   int64_t n = first_block(to, count);
   for (int64_t i = 0; i < count; i += n, n = std::min(count - i, kElementBlock)) {
-    widen_text(total.bytes, text_reader.read(text, i, n, raw.bytes), n);
-    widen_feature(more.bytes, feature_reader.read(feature, i, n, raw.bytes), n);
-    add(reinterpret_cast<Wide*>(total.bytes), reinterpret_cast<const Wide*>(more.bytes), n);
-    put(to + i * size_, total.bytes, kWide<Wide>, n, more.bytes);
+    text_reader.load(text, i, n, wide, total.bytes);
+    const void* values = feature_reader.read(feature, i, n, wide, more.bytes);
+    add(reinterpret_cast<Wide*>(total.bytes), static_cast<const Wide*>(values), n);
+    put(to + i * size_, total.bytes, wide, n, more.bytes);
+  }
+}
+
+// Both rows of the output's type, as they stand: the common case, in one step a block.
+void Writer::sum_alike(char* to, const char* text, const char* feature, int64_t count) const {
+  const Sum sum = adder(dtype_);
+  if (store_ == Store::kOrdinary && to != text) return sum(to, text, feature, count);
+  Block block;
+  int64_t n = first_block(to, count);
+  for (int64_t i = 0; i < count; i += n, n = std::min(count - i, kElementBlock)) {
+    sum(block.bytes, text + i * size_, feature + i * size_, n);
+    copy_bytes(to + i * size_, block.bytes, n * size_, store_);
   }
 }
 
 void Writer::sum(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
                  int64_t count) const {
+  const bool alike = text_reader.as_is() && feature_reader.as_is() && text_reader.dtype == feature_reader.dtype;
+  if (alike && text_reader.dtype == dtype_) return sum_alike(to, text, feature, count);
   const bool wide = text_reader.dtype == DType::kF64 || feature_reader.dtype == DType::kF64;
   if (wide) sum_in<double>(to, text, text_reader, feature, feature_reader, count);
   else sum_in<float>(to, text, text_reader, feature, feature_reader, count);

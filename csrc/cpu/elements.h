@@ -30,8 +30,13 @@ struct Reader {
   bool scaled = false;
   double scale = 1.0;
 
-  // Elements first .. first + count of a row as they are, in `buffer` or where they stand.
-  const void* read(const char* row, int64_t first, int64_t count, void* buffer) const;
+  bool as_is() const { return dense_elements && !scaled; }
+
+  // Elements first .. first + count of a row in the type `to`: where they stand if that can be, else in `buffer`.
+  const void* read(const char* row, int64_t first, int64_t count, DType to, void* buffer) const;
+
+  // The same, always written to `out`, which may be the row's own memory where nothing is gathered.
+  void load(const char* row, int64_t first, int64_t count, DType to, void* out) const;
 };
 
 class Writer {
@@ -62,6 +67,7 @@ class Writer {
   void total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const;
   int64_t first_block(const char* to, int64_t count) const;
   void put(char* to, const void* values, DType from, int64_t count, void* buffer) const;
+  void sum_alike(char* to, const char* text, const char* feature, int64_t count) const;
 
   DType dtype_;
   int64_t size_;
@@ -71,14 +77,13 @@ class Writer {
 template <class Wide, class Row>
 void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const {
   constexpr DType wide = kWide<Wide>;
-  const Convert widen = converter(reader.dtype, wide);
-  Block raw, sum, more;
+  Block sum, more;
   int64_t n = first_block(to, dim);
   for (int64_t i = 0; i < dim; i += n, n = std::min(dim - i, kElementBlock)) {
-    widen(sum.bytes, reader.read(row(0), i, n, raw.bytes), n);
+    reader.load(row(0), i, n, wide, sum.bytes);
     for (int64_t r = 1; r < rows; ++r) {
-      widen(more.bytes, reader.read(row(r), i, n, raw.bytes), n);
-      add(reinterpret_cast<Wide*>(sum.bytes), reinterpret_cast<const Wide*>(more.bytes), n);
+      const void* next = reader.read(row(r), i, n, wide, more.bytes);
+      add(reinterpret_cast<Wide*>(sum.bytes), static_cast<const Wide*>(next), n);
     }
     if (scaled) vlm_fuse::scale(reinterpret_cast<Wide*>(sum.bytes), static_cast<Wide>(round_to(dtype_, scale)), n);
     put(to + i * size_, sum.bytes, wide, n, more.bytes);

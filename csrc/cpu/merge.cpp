@@ -146,7 +146,12 @@ void merge_rows(const Merge& merge) {
   const int64_t bytes = merge.out.rows * row_bytes;
   const bool dense = merge.out.dense(merge.dim) && merge.out.inner >= merge.out.rows;
   const Store store = prepare(merge.out.data, bytes, bytes, merge.fresh && dense);
-  parallel_parts(merge.out.rows, row_bytes, [&](int64_t begin, int64_t end) { RowWriter(merge, store).write(begin, end); });
+  auto write = [&](int64_t begin, int64_t end) { RowWriter(merge, store).write(begin, end); };
+  if (!merge.only_features) return parallel_parts(merge.out.rows, row_bytes, write);
+  // Feature rows may all stand in one part.
+  const int64_t each = std::max<int64_t>(1, kGrainBytes / row_bytes);
+  parallel_blocks((merge.out.rows + each - 1) / each,
+                  [&](int64_t block) { write(block * each, std::min((block + 1) * each, merge.out.rows)); });
 }
 
 }  // namespace vlm_fuse

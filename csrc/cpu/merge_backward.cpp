@@ -162,14 +162,22 @@ class WeightGradient {
       if (id >= 0) rows_[static_cast<size_t>(offsets_[static_cast<size_t>(id)]++)] = static_cast<int32_t>(row);
     }
     // Now offsets_[id] is where the next id begins.
+    for (int64_t id = 0; id < ids_; ++id) {
+      if (is_frequent(id)) frequent_.push_back(id);
+    }
     const int64_t bytes = ids_ * row_bytes();
     store_ = prepare(backward.weight.data, bytes, bytes, backward.fresh);
   }
 
   void write() {
     const int64_t rows_each = std::max<int64_t>(1, kBlockBytes / row_bytes());
-    parallel_blocks((ids_ + rows_each - 1) / rows_each, [&](int64_t block) {
-      write_ids(block * rows_each, std::min((block + 1) * rows_each, ids_));
+    const int64_t ranges = (ids_ + rows_each - 1) / rows_each;
+    const int64_t columns = (backward_.dim + kColumns - 1) / kColumns;
+    const int64_t pieces = static_cast<int64_t>(frequent_.size()) * columns;
+    parallel_blocks(pieces + ranges, [&](int64_t block) {  // the long sums first
+      if (block < pieces) return write_columns(frequent_[static_cast<size_t>(block / columns)], block % columns * kColumns);
+      const int64_t begin = (block - pieces) * rows_each;
+      write_ids(begin, std::min(begin + rows_each, ids_));
     });
   }
 
@@ -181,6 +189,22 @@ class WeightGradient {
     if (token < 0 || token >= backward_.token_count) return -1;
     const int64_t id = backward_.tokens[token];
     return id < ids_ ? id : -1;
+  }
+
+  // An id that stands in many rows (padding): its sum is shared out by columns, which leaves its order as it is.
+  bool is_frequent(int64_t id) const {
+    return offsets_[static_cast<size_t>(id)] - begin_of(id) > std::max<int64_t>(kFrequent, kBlockBytes / row_bytes());
+  }
+
+  void write_columns(int64_t id, int64_t column) const {
+    const Writer writer(backward_.weight.dtype, store_);
+    const int32_t first = begin_of(id), count = offsets_[static_cast<size_t>(id)] - first;
+    const int32_t* rows = rows_.get() + first;
+    char* to = backward_.weight.data + id * row_bytes() + column * size_of(backward_.weight.dtype);
+    writer.total(to, std::min(kColumns, backward_.dim - column), reader_, count,
+                 [&](int64_t i) { return backward_.grad.row(rows[i]) + column * reader_.step; },
+                 backward_.scaled, backward_.scale);
+    writer.finish();
   }
 
   int32_t begin_of(int64_t id) const { return id == 0 ? 0 : offsets_[static_cast<size_t>(id) - 1]; }
@@ -197,6 +221,10 @@ class WeightGradient {
         id = empty;
         continue;
       }
+      if (is_frequent(id)) {
+        ++id;
+        continue;
+      }
       const int32_t* rows = rows_.get() + first;
       writer.total(to, backward_.dim, reader_, count, [&](int64_t i) { return backward_.grad.row(rows[i]); },
                    backward_.scaled, backward_.scale);
@@ -205,9 +233,13 @@ class WeightGradient {
     writer.finish();
   }
 
+  static constexpr int64_t kColumns = 128;
+  static constexpr int64_t kFrequent = 64;
+
   const MergeBackward& backward_;
   Reader reader_;
   int64_t ids_;
+  std::vector<int64_t> frequent_;
   RowNumbers offsets_;
   RowNumbers rows_;
   Store store_;
