@@ -43,7 +43,13 @@ struct ExchangeHeader {
   ExchangeHeader* prev_api;  // an older table, for consumers that do not know this one
 };
 
-struct ManagedTensorVersioned;
+struct ManagedTensorVersioned {
+  Version version;
+  void* manager_ctx;
+  void (*deleter)(ManagedTensorVersioned*);
+  uint64_t flags;
+  Tensor tensor;
+};
 
 // Functions return 0, or another number with a Python error set. Members that are not used here keep their place.
 struct ExchangeTable {

@@ -63,3 +63,7 @@ class Attend:
     def codes(self) -> tuple[int, int, int, int, int]:
         """(kind, window, sinks, chunk_size, images) as the kernels take them, 0 for none."""
         return KINDS.index(self.kind), self.window or 0, self.sinks, self.chunk_size or 0, IMAGES.index(self.images)
+
+
+#: the default, one object: a call that leaves `attend` out is known by identity.
+CAUSAL = Attend()

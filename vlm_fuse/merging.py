@@ -9,14 +9,12 @@ from torch import Tensor
 
 from . import checks, ops, planning, settled
 from . import features as forms
-from .attending import Attend
+from .attending import CAUSAL, Attend
 from .autograd import RowCall, merge_rows
 from .backend import name_from
 from .batch import Batch
 from .masks import IntervalMask
 from .token_plan import TokenPlan
-
-_CAUSAL = Attend()
 
 
 class MergedBatch:
@@ -119,7 +117,7 @@ def merge(
     layout: str = "keep",
     padding_side: str = "right",
     length: int | None = None,
-    attend: Attend | Mapping[str, Attend] = _CAUSAL,
+    attend: Attend | Mapping[str, Attend] = CAUSAL,
     unused_features: str = "error",
     out: Tensor | None = None,
     plan: TokenPlan | None = None,

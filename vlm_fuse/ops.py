@@ -55,13 +55,11 @@ def plain(tensor: Tensor) -> bool:
 
 def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> ModuleType | None:
     """The backend's module where it may be called without the registered operators, else None."""
-    if is_compiling() or _dispatch_modes() or _function_modes() or type(tensor) not in _PLAIN:
+    if is_compiling() or _dispatch_modes() or _function_modes() or _peek_functorch() is not None or type(tensor) not in _PLAIN:
         return None
     for other in others:
         if type(other) not in _PLAIN:
             return None
-    if _peek_functorch() is not None and (_wrapped(tensor) or any(map(_wrapped, others))):
-        return None
     if tensor.is_cpu:
         return choose(backend, "cpu")
     return choose(backend, tensor.device.type) if plain(tensor) else None
@@ -130,12 +128,12 @@ def _plan(kernels: ModuleType, batch: Batch, width: int | None, validate: str, b
 
 def plan(batch: Batch, width: int | None, validate: str, backend: str, kernels: ModuleType | None = None) -> Tensor:
     """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None. `kernels`: as `direct` gave it."""
-    if functorch_active():
-        with outside_functorch():
-            return _plan(_kernels(backend, batch.tokens), batch, width, validate, backend)
     if kernels is None:
         kernels = direct(backend, batch.tokens)
     if kernels is None:
+        if functorch_active():
+            with outside_functorch():
+                return _plan(_kernels(backend, batch.tokens), batch, width, validate, backend)
         return torch.ops.vlm_fuse.plan(*batch, width, validate, backend)
     return _plan(kernels, batch, width, validate, backend)
 
@@ -194,11 +192,11 @@ def _facts(kernels: ModuleType, batch: Batch, width: int, names: tuple[str, ...]
 
 def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
     """The named facts of the rows; `documents` sizes cu_seqlens where document_ids are given, None: as many as there are."""
-    if functorch_active():
-        with outside_functorch():
-            return _facts(_kernels(backend, batch.tokens), batch, width, names, documents, backend)
     kernels = direct(backend, batch.tokens)
     if kernels is None:
+        if functorch_active():
+            with outside_functorch():
+                return _facts(_kernels(backend, batch.tokens), batch, width, names, documents, backend)
         return tuple(torch.ops.vlm_fuse.facts(*batch, width, ",".join(names), documents, backend))
     return _facts(kernels, batch, width, names, documents, backend)
 

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from . import checks, ops
 from . import features as forms
-from .attending import Attend
+from .attending import CAUSAL, Attend
 from .backend import name_from
 from .batch import LAYOUTS, SCHEMES, Batch
 from .token_plan import SIDES, UNUSED, Settings, TokenPlan
 
 COMBINE = ("replace", "add")
 VALIDATE = ("auto", "sync", "async", "off")
-
-_CAUSAL = Attend()
 
 
 class Choices(NamedTuple):
@@ -43,7 +41,7 @@ def choices(
     found = _known.get(words)
     if found is None:
         found = _check_words(words)
-    if length is not None or attend is not _CAUSAL:
+    if length is not None or attend is not CAUSAL:
         _check_length(length, layout)
         _check_attend(attend)
         found = found._replace(settings=found.settings._replace(length=length, attend=attend))
@@ -101,7 +99,7 @@ def _check_words(words: tuple[str, ...]) -> Choices:
         raise ValueError(f"layout: 'keep' is the layout of input_ids, but scheme={scheme!r} changes the number of rows; take layout='padded' or 'packed'")
     if scheme == "images_first" and combine == "add":
         raise ValueError("combine: 'add' needs a placeholder to add to; images_first has none")
-    settings = Settings(combine, None, _CAUSAL, validate, backend)
+    settings = Settings(combine, None, CAUSAL, validate, backend)
     left, unused = padding_side == "left", unused_features == "allow"
     found = _known[words] = Choices(SCHEMES.index(scheme), LAYOUTS.index(layout), left, unused, settings)
     return found
@@ -137,7 +135,7 @@ def plan(
     layout: str = "keep",
     padding_side: str = "right",
     length: int | None = None,
-    attend: Attend | Mapping[str, Attend] = Attend(),
+    attend: Attend | Mapping[str, Attend] = CAUSAL,
     unused_features: str = "error",
     validate: str = "auto",
     backend: str = "auto",

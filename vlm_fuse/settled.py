@@ -6,12 +6,12 @@ from torch import Tensor
 
 from . import checks
 from . import features as forms
-from .attending import Attend
+from .attending import CAUSAL
 from .batch import KIND_FIELDS
 from .token_plan import TokenPlan
 
 _NAMES = ("scheme", "combine", "layout", "padding_side", "length", "attend", "unused_features")
-_DEFAULTS = ("placeholders", "replace", "keep", "right", None, Attend(), "error")
+_DEFAULTS = ("placeholders", "replace", "keep", "right", None, CAUSAL, "error")
 
 
 def is_plan(plan) -> None:

@@ -6,6 +6,7 @@ Tensors reach the module through torch's DLPack exchange table, threads are torc
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -14,8 +15,6 @@ import torch
 from torch import Tensor
 
 from ..batch import RAISE, Batch, RecordedError
-
-_PACKED = 2  # index of "packed" in LAYOUTS
 
 
 def _why_missing() -> str:
@@ -88,42 +87,23 @@ def count(batch: Batch) -> tuple[int, int, int, tuple[int, ...]]:
     return _native.count(*batch)
 
 
-# new_empty(G, W) of a template of the right dtype takes 0.8 us, new_empty((G, W), dtype=...) 1.5
-_INT32, _INT64, _INT8, _BOOL = (torch.empty(0, dtype=dtype) for dtype in (torch.int32, torch.int64, torch.int8, torch.bool))
-
-
 def plan(batch: Batch, width: int, status=RAISE) -> Tensor:
     """``(G, W)`` int32 source_index."""
-    source_index = _INT32.new_empty(1 if batch[8] == _PACKED else len(batch[0]), width)
-    _plan(*batch, width, status, source_index)
-    return source_index
+    return _plan(*batch, width, status)
 
 
-#: in the order in which the module takes them; labels have the dtype of those given.
-_FACTS = {
-    "text_index": _INT32,
-    "position_ids": _INT64,
-    "document_ids": _INT32,
-    "image_ids": _INT32,
-    "kind_ids": _INT8,
-    "attention_mask": _BOOL,
-    "labels": None,
-    "cu_seqlens": _INT32,
-}
+#: by the number under which the module knows them
+_FACTS = ("text_index", "position_ids", "document_ids", "image_ids", "kind_ids", "attention_mask", "labels", "cu_seqlens")
+
+
+@functools.cache
+def _numbers(names: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(map(_FACTS.index, names))
 
 
 def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int) -> tuple[Tensor, ...]:
     """The named facts of the output rows, in that order, in one pass over the tokens."""
-    samples = len(batch[0])
-    groups = 1 if batch[8] == _PACKED else samples
-    made = {}
-    for name in names:
-        if name == "cu_seqlens":
-            made[name] = _INT32.new_empty((samples if batch[2] is None else documents) + 1)
-        else:
-            made[name] = (_FACTS[name] if name != "labels" else batch[3]).new_empty(groups, width)
-    _facts(*batch, width, *map(made.get, _FACTS))
-    return tuple(made.values())
+    return _facts(*batch, width, _numbers(names), len(batch[0]) if batch[2] is None else documents)
 
 
 def intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair, status):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..attending import Attend
+from ..attending import CAUSAL, Attend
 from . import dense as _dense
 
 
@@ -49,7 +49,7 @@ class IntervalMask:
     def from_document_ids(
         cls,
         document_ids: Tensor,
-        attend: Attend = Attend(),
+        attend: Attend = CAUSAL,
         *,
         image_ids: Tensor | None = None,
         prefix_lengths: int | Tensor | list[int] | None = None,
