@@ -87,7 +87,7 @@ def whole_numbers(name: str, value) -> Tensor:
             numbers = [operator.index(number) for number in value]
         except TypeError:
             raise TypeError(f"{name}: expected a list of ints or an integer tensor, got {value!r}") from None
-        found, least = torch.tensor(numbers, dtype=torch.int64), min(numbers, default=0)
+        found, least = torch.tensor(numbers, dtype=torch.int64, device="cpu"), min(numbers, default=0)
     if least < 0:
         raise ValueError(f"{name}: {least} is below 0")
     return found

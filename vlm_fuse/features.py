@@ -79,7 +79,7 @@ def _kind_of(token: int, rows) -> Kind:
     sizes = [image.shape[0] for image in rows]
     if not sizes:
         return Kind(token, (), 0, 0, 0, None)
-    return Kind(token, tuple(rows), sum(sizes), len(sizes), -1, torch.tensor(sizes, dtype=torch.int64))
+    return Kind(token, tuple(rows), sum(sizes), len(sizes), -1, torch.tensor(sizes, dtype=torch.int64, device="cpu"))
 
 
 def _by_kind(name: str, given, tokens: tuple[int, ...], masked: bool) -> dict:
@@ -101,7 +101,7 @@ def _with_sizes(kind: Kind, given) -> Kind:
         return kind
     sizes = checks.whole_numbers("image_sizes", given)
     if kind.images >= 0:
-        own = kind.sizes if kind.sizes is not None else torch.full((kind.images,), kind.rows_each)
+        own = kind.sizes if kind.sizes is not None else torch.full((kind.images,), kind.rows_each, device="cpu")
         if checks.on_host(own) and checks.on_host(sizes) and not torch.equal(own, sizes):
             raise ValueError(f"image_sizes: {sizes.tolist()} differs from the sizes of image_embeds, {own.tolist()}; leave image_sizes out")
         return kind
