@@ -82,7 +82,18 @@ def _no_tangents(*tensors: Tensor) -> None:
 
 def _op(text, weight, features, call: RowCall) -> Tensor:
     return torch.ops.vlm_fuse.merge_rows(
-        text, weight, call.tokens, call.scale, list(features), list(call.starts), call.source_index, call.text_index, call.add, call.dtype, call.validate, call.backend
+        text,
+        weight,
+        call.tokens,
+        call.scale,
+        list(features),
+        list(call.starts),
+        call.source_index,
+        call.text_index,
+        call.add,
+        call.dtype,
+        call.validate,
+        call.backend,
     )
 
 
@@ -99,7 +110,19 @@ def _gradients(grad: Tensor, call: RowCall, likes: Likes, needs_table: bool, nee
     kernels = None if torch.is_grad_enabled() else ops.direct(backend, grad)
     if kernels is not None:
         grad_table, grad_features = ops.merge_rows_backward(
-            kernels, grad, source_index, text_index, tokens, scale, starts, add, likes.table, likes.is_weight, needs_table, likes.features, needs_features
+            kernels,
+            grad,
+            source_index,
+            text_index,
+            tokens,
+            scale,
+            starts,
+            add,
+            likes.table,
+            likes.is_weight,
+            needs_table,
+            likes.features,
+            needs_features,
         )
         return [grad_table, *grad_features]
     made = torch.ops.vlm_fuse.merge_rows_backward(

@@ -9,8 +9,6 @@ import warnings
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
-
 VARIABLE = "VLM_FUSE_BACKEND"
 
 # os.environ.get encodes and decodes at every call, 0.5 us; the mapping below it does not

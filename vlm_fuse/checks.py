@@ -251,7 +251,9 @@ def explain(record: tuple[int, ...], batch: Batch | None = None, input_ids: Tens
     if code == TOO_MANY_ROWS:
         return ValueError(f"image_embeds: {total_have} {unit} but {total} placeholders ({name}) in the batch; {_ALLOW}, or check truncation")
     if code == COUNTS_DIFFER and sample < 0:
-        return ValueError(f"feature_counts: they add up to {wanted} rows, but image_embeds has {have}; " + (_ALLOW if wanted < have else "give the missing rows"))
+        return ValueError(
+            f"feature_counts: they add up to {wanted} rows, but image_embeds has {have}; " + (_ALLOW if wanted < have else "give the missing rows")
+        )
     if code == COUNTS_DIFFER:
         return ValueError(
             f"feature_counts: sample {sample} has {wanted} placeholders ({name}) but owns {have} feature rows; the batch has {total} placeholders and "

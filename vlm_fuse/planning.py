@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
 from typing import NamedTuple
 
 import torch
@@ -96,7 +95,9 @@ def _check_words(words: tuple[str, ...]) -> Choices:
     for name, word, allowed in zip(names, words, (SCHEMES, COMBINE, LAYOUTS, SIDES, UNUSED, VALIDATE)):
         checks.choice(name, word, allowed)
     if scheme != "placeholders" and layout == "keep":
-        raise ValueError(f"layout: 'keep' is the layout of input_ids, but scheme={scheme!r} changes the number of rows; take layout='padded' or 'packed'")
+        raise ValueError(
+            f"layout: 'keep' is the layout of input_ids, but scheme={scheme!r} changes the number of rows; take layout='padded' or 'packed'"
+        )
     if scheme == "images_first" and combine == "add":
         raise ValueError("combine: 'add' needs a placeholder to add to; images_first has none")
     settings = Settings(combine, None, CAUSAL, validate, backend)
@@ -196,4 +197,3 @@ def plan(
         if documents > max_documents:
             raise ValueError(f"max_documents: the batch has {documents} documents, more than {max_documents}; raise max_documents")
     return made
-

@@ -170,7 +170,6 @@ def _rows(batch: Batch) -> Rows:
         image = torch.where(here, before + number, image)
         before += max(images, 0)
     if pseudo:
-        none = torch.full_like(pseudo[0][0], -1)[:0]
         owner, owner_kind, owner_first, owner_image, owner_rows = (torch.cat(parts) for parts in zip(*pseudo))
         none = torch.full_like(owner, -1)
         order = torch.cat([owner, sample]).argsort(stable=True)
@@ -382,7 +381,7 @@ def _kind_errors(batch: Batch, kind: int, in_sample: list[int]):
 
 def _count_errors(batch: Batch, kind: int, in_sample: list[int], sizes: list[int] | None, counts: list[int]):
     rows, scheme, owned = batch.kind(kind)[2], SCHEMES[batch.scheme], sum(counts)
-    total, start, image = sum(in_sample), 0, 0
+    total, start = sum(in_sample), 0
     for sample, (wanted, given) in enumerate(zip(in_sample, counts)):
         stop = start + given
         if scheme != "placeholders":

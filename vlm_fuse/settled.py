@@ -36,7 +36,9 @@ def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, we
     return rows is not None and rows[0] == kinds[2]
 
 
-def agree(plan: TokenPlan, settings: tuple, input_ids, image_embeds, image_token_id, placeholder_mask, labels) -> tuple[TokenPlan, tuple[forms.Kind, ...]]:
+def agree(
+    plan: TokenPlan, settings: tuple, input_ids, image_embeds, image_token_id, placeholder_mask, labels
+) -> tuple[TokenPlan, tuple[forms.Kind, ...]]:
     """The plan (with labels where it had none), and the kinds of a call in the plan's order."""
     if settings != _DEFAULTS:
         for name, value, default in zip(_NAMES, settings, _DEFAULTS):
@@ -57,7 +59,12 @@ def agree(plan: TokenPlan, settings: tuple, input_ids, image_embeds, image_token
 def kinds_of(plan: TokenPlan, image_embeds, image_token_id, whole: bool) -> tuple[forms.Kind, ...]:
     """The kinds of a call in the plan's order; `whole`: all of them must be there."""
     tokens = plan.kind_tokens
-    if type(image_embeds) is Tensor and len(tokens) == 1 and (image_token_id is None or image_token_id == tokens[0]) and not plan._settings.masked_by_tensor:
+    if (
+        type(image_embeds) is Tensor
+        and len(tokens) == 1
+        and (image_token_id is None or image_token_id == tokens[0])
+        and not plan._settings.masked_by_tensor
+    ):
         kind = forms.describe(image_embeds, tokens[0], None, None, plan.scheme)[0]
         _check_rows(plan, kind, 0)
         return (kind,)

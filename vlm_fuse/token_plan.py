@@ -237,9 +237,7 @@ class TokenPlan:
             pair = self._may_have_holes or bool(attend.sinks) or prefix_lengths is not None or parent_ids is not None
             pair = pair or (needs_images and attend.window is not None) or (needs_images and attend.chunk_size is not None)
             image_ids = self.image_ids if needs_images else None
-            parts = ops.intervals(
-                self.document_ids, image_ids, attend, prefix_lengths, parent_ids, pair=pair, validate=validate, backend=backend
-            )
+            parts = ops.intervals(self.document_ids, image_ids, attend, prefix_lengths, parent_ids, pair=pair, validate=validate, backend=backend)
             found = self._masks[attend] = IntervalMask(parts[0], parts[1], self._width, *parts[2:])
         return found
 
