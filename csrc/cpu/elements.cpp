@@ -79,12 +79,12 @@ void Writer::sum_in(char* to, const char* text, const Reader& text_reader, const
 
 // Both rows of the output's type, as they stand: the common case, in one step a block.
 void Writer::sum_alike(char* to, const char* text, const char* feature, int64_t count) const {
-  const Sum sum = adder(dtype_);
-  if (store_ == Store::kOrdinary && to != text) return sum(to, text, feature, count);
+  const Sum add_up = adder(dtype_);
+  if (store_ == Store::kOrdinary && to != text) return add_up(to, text, feature, count);
   Block block;
   int64_t n = first_block(to, count);
   for (int64_t i = 0; i < count; i += n, n = std::min(count - i, kElementBlock)) {
-    sum(block.bytes, text + i * size_, feature + i * size_, n);
+    add_up(block.bytes, text + i * size_, feature + i * size_, n);
     copy_bytes(to + i * size_, block.bytes, n * size_, store_);
   }
 }

@@ -209,7 +209,7 @@ void Walk::emit_images_first(Sink& sink) {
     KindCursor& cursor = cursors_[c];
     for (; cursor.image < about.images; ++cursor.image) {
       const int64_t size = about.size(cursor.image), row = cursor.image_begin;
-      if (about.counts ? row + size > cursor.limit : cursor.image > sample_) break;
+      if (row + size > cursor.limit || (!about.counts && cursor.image > sample_)) break;
       if (size > 0) {
         sink.rows(RowRun{size, -1, false, about.first_row + row, 1, static_cast<int32_t>(c + 1),
                          cursor.first_image + cursor.image, true});
