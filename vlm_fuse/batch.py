@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 SCHEMES = ("placeholders", "expand", "images_first")
@@ -64,3 +65,13 @@ class RecordedError(Exception):
     def __init__(self, record: tuple[int, ...]):
         super().__init__(record)
         self.record = record
+
+
+def report(record: tuple[int, ...] | None, status) -> None:
+    """Raise the record, write it to the status tensor, or neither."""
+    if record is None or status is None:
+        return
+    if status is RAISE:
+        raise RecordedError(record)
+    if int(status[0]) == 0:
+        status.copy_(torch.tensor(record, dtype=torch.int64))
