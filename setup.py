@@ -31,6 +31,7 @@ def asked(variable: str) -> str:
 class BuildNative(build_ext):
     def run(self):
         info = {"native": False, "reason": "switched off by VLM_FUSE_NATIVE=0", "cuda": cuda()}
+        inplace = self.inplace  # the base class leaves it changed where the build fails
         if asked("VLM_FUSE_NATIVE") != "0":
             try:
                 super().run()
@@ -40,6 +41,7 @@ class BuildNative(build_ext):
                     raise
                 info["reason"] = f"not compiled: {error}"
                 print(f"vlm_fuse: the native module was {info['reason']}\nvlm_fuse: installing without it", file=sys.stderr)
+        self.inplace = inplace
         for folder in self.folders():
             folder.mkdir(parents=True, exist_ok=True)
             if not info["native"]:
@@ -62,7 +64,8 @@ class BuildNative(build_ext):
         from ninja.ninja_syntax import Writer
 
         compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
-        linker = getattr(self.compiler, "linker_so_cxx", None) or self.compiler.linker_so
+        # older setuptools know the C linker alone, which leaves out the C++ library
+        linker = getattr(self.compiler, "linker_so_cxx", None) or self.compiler.compiler_cxx[:1] + self.compiler.linker_so[1:]
         self.compiled_by = version_of(compiler[0])
         target = Path(self.get_ext_fullpath(MODULE)).resolve()
         work = Path(self.build_temp).resolve()
@@ -95,7 +98,8 @@ def path(file: Path) -> str:
 
 def first_error(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower() or "not found" in line), (lines or ["ninja failed"])[-1])
+    marks = (" error: ", ": not found", "No such file")
+    return next((line for line in lines if any(mark in line for mark in marks)), (lines or ["ninja failed"])[-1])
 
 
 def version_of(compiler: str) -> str:
