@@ -106,8 +106,10 @@ VLM_FUSE_HD bool cut_holes(const IntervalUnion& keys, const Interval* holes, int
     int64_t low = 0, high = hole_count;  // first hole that ends behind `begin`
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
-      if (holes[middle].end <= begin) low = middle + 1;
-      else high = middle;
+      if (holes[middle].end <= begin)
+        low = middle + 1;
+      else
+        high = middle;
     }
     for (; begin < end; ++low) {
       const bool cut = low < hole_count && holes[low].begin < end;

@@ -18,10 +18,14 @@ struct Integers {
 
   int64_t operator[](int64_t index) const {
     switch (bytes) {
-      case 1: return static_cast<const int8_t*>(data)[index];
-      case 2: return static_cast<const int16_t*>(data)[index];
-      case 4: return static_cast<const int32_t*>(data)[index];
-      default: return static_cast<const int64_t*>(data)[index];
+      case 1:
+        return static_cast<const int8_t*>(data)[index];
+      case 2:
+        return static_cast<const int16_t*>(data)[index];
+      case 4:
+        return static_cast<const int32_t*>(data)[index];
+      default:
+        return static_cast<const int64_t*>(data)[index];
     }
   }
 };

@@ -21,8 +21,10 @@ void Checks::leave(const Walk& walk, int64_t rows) {
   const auto& cursors = walk.cursors();
   for (size_t c = 0; c < cursors.size(); ++c) {
     const int64_t index = static_cast<int64_t>(c);
-    if (batch_.kinds[c].counts) check_counts(batch_.kinds[c], cursors[c], sample, index);
-    else check_rows(batch_.kinds[c], cursors[c], sample, index);
+    if (batch_.kinds[c].counts)
+      check_counts(batch_.kinds[c], cursors[c], sample, index);
+    else
+      check_rows(batch_.kinds[c], cursors[c], sample, index);
   }
   if (walk.returning_document() >= 0) {
     note({kDocumentReturns, sample, 0, 0, 0, 0, 0, walk.returning_document()}, static_cast<int64_t>(cursors.size()));
@@ -62,8 +64,10 @@ void Checks::check_rows(const Kind& kind, const KindCursor& cursor, int64_t samp
     }
     if (border.begin != seen && seen <= kind.rows) {
       const Record cut = {kImageCut, sample, index, placeholders, begun, 0, 0, 0};
-      if (!batch_.unused) note(cut, index);
-      else if (placeholders > 0) border.pending = cut;
+      if (!batch_.unused)
+        note(cut, index);
+      else if (placeholders > 0)
+        border.pending = cut;
     }
   }
   const int64_t there = batch_.scheme == Scheme::kPlaceholders ? kind.rows : std::max<int64_t>(kind.images, 0);

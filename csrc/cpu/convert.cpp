@@ -3,6 +3,7 @@
 #include <cstring>
 
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define VLM_FUSE_X86 1
 #define VLM_FUSE_AVX2 __attribute__((target("avx2,f16c")))
@@ -163,7 +164,9 @@ constexpr Sum kAvx2Sum[kDTypes] = {avx2_sum<float>, avx2_sum<bf16>, avx2_sum<f16
 bool has_avx2() {
   static const bool has = [] {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // clang's builtin does not know f16c by name
+    const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+    return f16c && __builtin_cpu_supports("avx2") != 0;
   }();
   return has;
 }
@@ -202,9 +205,12 @@ Sum adder(DType dtype) {
 
 void gather(void* to, const char* from, int64_t step, int64_t count, DType dtype) {
   switch (size_of(dtype)) {
-    case 2: return gather_elements<uint16_t>(to, from, step, count);
-    case 4: return gather_elements<uint32_t>(to, from, step, count);
-    default: return gather_elements<uint64_t>(to, from, step, count);
+    case 2:
+      return gather_elements<uint16_t>(to, from, step, count);
+    case 4:
+      return gather_elements<uint32_t>(to, from, step, count);
+    default:
+      return gather_elements<uint64_t>(to, from, step, count);
   }
 }
 

@@ -24,8 +24,10 @@ void Reader::load(const char* row, int64_t first, int64_t count, DType to, void*
     gather(gathered.bytes, row + first * step, step, count, dtype);
     values = gathered.bytes;
   }
-  if (scaled) scaler(dtype, to)(out, values, scale, count);
-  else converter(dtype, to)(out, values, count);
+  if (scaled)
+    scaler(dtype, to)(out, values, scale, count);
+  else
+    converter(dtype, to)(out, values, count);
 }
 
 const void* Reader::read(const char* row, int64_t first, int64_t count, DType to, void* buffer) const {
@@ -49,7 +51,8 @@ void Writer::put(char* to, const void* values, DType from, int64_t count, void* 
 
 void Writer::copy(char* to, const char* from, int64_t count, const Reader& reader, const char* ahead) const {
   if (reader.as_is() && reader.dtype == dtype_) return copy_bytes(to, from, count * size_, store_, ahead);
-  if (reader.as_is() && store_ == Store::kOrdinary && ahead == nullptr) return converter(reader.dtype, dtype_)(to, from, count);
+  if (reader.as_is() && store_ == Store::kOrdinary && ahead == nullptr)
+    return converter(reader.dtype, dtype_)(to, from, count);
   Block block;
   int64_t n = first_block(to, count);
   for (int64_t i = 0; i < count; i += n, n = std::min(count - i, kElementBlock)) {
@@ -64,8 +67,8 @@ void Writer::copy(char* to, const char* from, int64_t count, const Reader& reade
 }
 
 template <class Wide>
-void Writer::sum_in(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
-                    int64_t count) const {
+void Writer::sum_in(char* to, const char* text, const Reader& text_reader, const char* feature,
+                    const Reader& feature_reader, int64_t count) const {
   constexpr DType wide = kWide<Wide>;
   Block total, more;
   int64_t n = first_block(to, count);
@@ -89,13 +92,15 @@ void Writer::sum_alike(char* to, const char* text, const char* feature, int64_t 
   }
 }
 
-void Writer::sum(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
-                 int64_t count) const {
+void Writer::sum(char* to, const char* text, const Reader& text_reader, const char* feature,
+                 const Reader& feature_reader, int64_t count) const {
   const bool alike = text_reader.as_is() && feature_reader.as_is() && text_reader.dtype == feature_reader.dtype;
   if (alike && text_reader.dtype == dtype_) return sum_alike(to, text, feature, count);
   const bool wide = text_reader.dtype == DType::kF64 || feature_reader.dtype == DType::kF64;
-  if (wide) sum_in<double>(to, text, text_reader, feature, feature_reader, count);
-  else sum_in<float>(to, text, text_reader, feature, feature_reader, count);
+  if (wide)
+    sum_in<double>(to, text, text_reader, feature, feature_reader, count);
+  else
+    sum_in<float>(to, text, text_reader, feature, feature_reader, count);
 }
 
 }  // namespace vlm_fuse

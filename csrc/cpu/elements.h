@@ -75,7 +75,8 @@ class Writer {
 };
 
 template <class Wide, class Row>
-void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const {
+void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled,
+                      double scale) const {
   constexpr DType wide = kWide<Wide>;
   Block sum, more;
   int64_t n = first_block(to, dim);
@@ -91,9 +92,12 @@ void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows,
 }
 
 template <class Row>
-void Writer::total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const {
-  if (reader.dtype == DType::kF64 || dtype_ == DType::kF64) total_in<double>(to, dim, reader, rows, row, scaled, scale);
-  else total_in<float>(to, dim, reader, rows, row, scaled, scale);
+void Writer::total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled,
+                   double scale) const {
+  if (reader.dtype == DType::kF64 || dtype_ == DType::kF64)
+    total_in<double>(to, dim, reader, rows, row, scaled, scale);
+  else
+    total_in<float>(to, dim, reader, rows, row, scaled, scale);
 }
 
 }  // namespace vlm_fuse

@@ -34,7 +34,8 @@ class MaskRow {
       }
       query.row = q;
       Interval keys[2];
-      const bool fits = cut_holes(visible(rows_.attend, query), holes_.data(), static_cast<int64_t>(holes_.size()), keys);
+      const bool fits =
+          cut_holes(visible(rows_.attend, query), holes_.data(), static_cast<int64_t>(holes_.size()), keys);
       each(q, keys, fits);
     }
   }
@@ -76,7 +77,9 @@ class MaskRow {
     query.image = {0, 0};
     query.prefix = rows_.prefix;
     if (rows_.prefix_lengths != nullptr) {
-      query.prefix = id < rows_.prefix_count ? static_cast<int32_t>(std::clamp<int64_t>(rows_.prefix_lengths[id], 0, kNoLimit)) : 0;
+      query.prefix = id < rows_.prefix_count
+                         ? static_cast<int32_t>(std::clamp<int64_t>(rows_.prefix_lengths[id], 0, kNoLimit))
+                         : 0;
     }
     query.parent = {0, 0};
     if (rows_.parent_ids && id < rows_.parent_count) {

@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kMiB = 1024 * 1024;
 constexpr int64_t kMapped = 32 * kMiB;  // glibc's largest threshold above which malloc maps a block of its own
 
+#ifdef VLM_FUSE_STREAMING
 // Virtual machines report the cache of the whole socket, or several: more than a guest's share is not believed.
 int64_t cache_bytes() {
   static const int64_t bytes = [] {
@@ -30,6 +31,7 @@ int64_t cache_bytes() {
   }();
   return bytes;
 }
+#endif
 
 bool huge_pages() {
   static const bool on = [] {

@@ -41,8 +41,10 @@ class RowWriter {
     const FeatureTable* entry = merge_.features.find(sources.feature, hint_);
     const char* text = text_row(sources.text);
     if (entry == nullptr) {
-      if (text == nullptr) writer_.zero(merge_.out.row(row), merge_.dim);
-      else writer_.copy(merge_.out.row(row), text, merge_.dim, text_reader_);
+      if (text == nullptr)
+        writer_.zero(merge_.out.row(row), merge_.dim);
+      else
+        writer_.copy(merge_.out.row(row), text, merge_.dim, text_reader_);
       return 1;
     }
     const int64_t local = sources.feature - entry->first;

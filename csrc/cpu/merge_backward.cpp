@@ -54,7 +54,8 @@ class RowGradients {
   }
 
   void write() {
-    parallel_blocks(static_cast<int64_t>(blocks_.size()), [this](int64_t block) { write_block(blocks_[static_cast<size_t>(block)]); });
+    parallel_blocks(static_cast<int64_t>(blocks_.size()),
+                    [this](int64_t block) { write_block(blocks_[static_cast<size_t>(block)]); });
   }
 
  private:
@@ -126,7 +127,8 @@ class RowGradients {
     };
     while (end < backward_.grad.rows && has_token(end)) ++end;
     if (end == row + 1) return writer.copy(to, backward_.grad.row(row), backward_.dim, reader_);
-    writer.total(to, backward_.dim, reader_, end - row, [&](int64_t i) { return backward_.grad.row(row + i); }, false, 1.0);
+    writer.total(
+        to, backward_.dim, reader_, end - row, [&](int64_t i) { return backward_.grad.row(row + i); }, false, 1.0);
   }
 
   const MergeBackward& backward_;
@@ -175,7 +177,8 @@ class WeightGradient {
     const int64_t columns = (backward_.dim + kColumns - 1) / kColumns;
     const int64_t pieces = static_cast<int64_t>(frequent_.size()) * columns;
     parallel_blocks(pieces + ranges, [&](int64_t block) {  // the long sums first
-      if (block < pieces) return write_columns(frequent_[static_cast<size_t>(block / columns)], block % columns * kColumns);
+      if (block < pieces)
+        return write_columns(frequent_[static_cast<size_t>(block / columns)], block % columns * kColumns);
       const int64_t begin = (block - pieces) * rows_each;
       write_ids(begin, std::min(begin + rows_each, ids_));
     });
@@ -201,9 +204,10 @@ class WeightGradient {
     const int32_t first = begin_of(id), count = offsets_[static_cast<size_t>(id)] - first;
     const int32_t* rows = rows_.get() + first;
     char* to = backward_.weight.data + id * row_bytes() + column * size_of(backward_.weight.dtype);
-    writer.total(to, std::min(kColumns, backward_.dim - column), reader_, count,
-                 [&](int64_t i) { return backward_.grad.row(rows[i]) + column * reader_.step; },
-                 backward_.scaled, backward_.scale);
+    writer.total(
+        to, std::min(kColumns, backward_.dim - column), reader_, count,
+        [&](int64_t i) { return backward_.grad.row(rows[i]) + column * reader_.step; }, backward_.scaled,
+        backward_.scale);
     writer.finish();
   }
 
@@ -226,8 +230,9 @@ class WeightGradient {
         continue;
       }
       const int32_t* rows = rows_.get() + first;
-      writer.total(to, backward_.dim, reader_, count, [&](int64_t i) { return backward_.grad.row(rows[i]); },
-                   backward_.scaled, backward_.scale);
+      writer.total(
+          to, backward_.dim, reader_, count, [&](int64_t i) { return backward_.grad.row(rows[i]); }, backward_.scaled,
+          backward_.scale);
       ++id;
     }
     writer.finish();

@@ -81,7 +81,8 @@ class FactSink {
 
   // The padding behind the last kept row counts on its own where boundaries are told by positions.
   void number_tail(int64_t end) {
-    if (bounded_ && out_.position_ids) fill_steps(out_.position_ids, Place{last_kept, end - last_kept}, int64_t{0}, int64_t{1});
+    if (bounded_ && out_.position_ids)
+      fill_steps(out_.position_ids, Place{last_kept, end - last_kept}, int64_t{0}, int64_t{1});
   }
 
   // Sequences that the caller expects beyond the real ones are empty.
@@ -101,8 +102,10 @@ class FactSink {
   }
 
   void ignore(Place place) {
-    if (batch_.labels.bytes == 4) fill(static_cast<int32_t*>(out_.labels), place, int32_t{-100});
-    else fill(static_cast<int64_t*>(out_.labels), place, int64_t{-100});
+    if (batch_.labels.bytes == 4)
+      fill(static_cast<int32_t*>(out_.labels), place, int32_t{-100});
+    else
+      fill(static_cast<int64_t*>(out_.labels), place, int64_t{-100});
   }
 
   void label(Place place, const RowRun& run) {

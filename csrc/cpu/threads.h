@@ -9,7 +9,8 @@
 namespace vlm_fuse {
 
 // torch_parallel_for of libtorch_cpu (stable C ABI since 2.10): calls body on parts of [begin, end), in parallel.
-using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                                void* context);
 
 void use_parallel_for(ParallelFor parallel_for);
 ParallelFor current_parallel_for();
@@ -24,7 +25,8 @@ void parallel_parts(int64_t count, int64_t item_bytes, Body&& body) {
   if (parallel_for == nullptr || count <= grain) return body(0, count);
   using Plain = std::remove_reference_t<Body>;
   parallel_for(
-      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Plain*>(context))(begin, end); }, &body);
+      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Plain*>(context))(begin, end); },
+      &body);
 }
 
 // body(block) for every block < count, handed to threads as they come free: for work of uneven size.
@@ -37,8 +39,8 @@ void parallel_blocks(int64_t count, Body&& body) {
   const ParallelFor parallel_for = current_parallel_for();
   if (parallel_for == nullptr || count <= 1) return take(0, count);
   parallel_for(
-      0, count, 1, [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(take)*>(context))(begin, end); },
-      &take);
+      0, count, 1,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<decltype(take)*>(context))(begin, end); }, &take);
 }
 
 }  // namespace vlm_fuse

@@ -65,10 +65,18 @@ void Walk::enter(int64_t sample) {
   }
   if (batch_.attention_mask) {
     switch (batch_.attention_mask.bytes) {
-      case 1: drop_zeros(codes_, at<int8_t>(batch_.attention_mask, offset), length, kDropped); break;
-      case 2: drop_zeros(codes_, at<int16_t>(batch_.attention_mask, offset), length, kDropped); break;
-      case 4: drop_zeros(codes_, at<int32_t>(batch_.attention_mask, offset), length, kDropped); break;
-      default: drop_zeros(codes_, at<int64_t>(batch_.attention_mask, offset), length, kDropped); break;
+      case 1:
+        drop_zeros(codes_, at<int8_t>(batch_.attention_mask, offset), length, kDropped);
+        break;
+      case 2:
+        drop_zeros(codes_, at<int16_t>(batch_.attention_mask, offset), length, kDropped);
+        break;
+      case 4:
+        drop_zeros(codes_, at<int32_t>(batch_.attention_mask, offset), length, kDropped);
+        break;
+      default:
+        drop_zeros(codes_, at<int64_t>(batch_.attention_mask, offset), length, kDropped);
+        break;
     }
   }
   if (batch_.document_ids.bytes == 4) drop_negative(codes_, at<int32_t>(batch_.document_ids, offset), length, kDropped);
@@ -142,7 +150,8 @@ void Walk::begin_documents() {
 bool Walk::begin_document(int64_t id) {
   document_ = id;
   const bool fresh = id > highest_;
-  if (!fresh && returning_ < 0 && std::find(documents_.begin(), documents_.end(), id) != documents_.end()) returning_ = id;
+  if (!fresh && returning_ < 0 && std::find(documents_.begin(), documents_.end(), id) != documents_.end())
+    returning_ = id;
   highest_ = std::max(highest_, id);
   documents_.push_back(id);
   return fresh;
