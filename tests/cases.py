@@ -200,13 +200,13 @@ class Tensors:
         for kind, entry in zip(self.case.given.kinds, self.features):
             rows = []
             for tensor in entry if isinstance(entry, list) else [entry]:
-                rows += list(tensor.reshape(-1, self.case.D))
+                rows += list(tensor.flatten(0, -2))
             flat += rows[: kind.numbered]
         return flat
 
     def oracle_arguments(self) -> dict:
         return dict(
-            text=None if self.text is None else self.text.reshape(-1, self.case.D),
+            text=None if self.text is None else self.text.flatten(0, 1),
             weight=self.weight,
             tokens=self.case.flat_tokens,
             scale=self.case.scale,
@@ -335,6 +335,7 @@ def _special() -> list[Case]:
         c("only_padding_packed", "...", "...", layout="packed"),
         c("only_padding_padded_with_length", "...", "...", layout="padded", length=2),
         c("no_samples_weight", width=3, text="weight"),
+        c("hidden_size_zero", "aIIb", D=0),
         c("hidden_size_one", "aIIb", D=1),
         c("hidden_size_odd", "aIIb", "cdII", D=7),
         c("hidden_size_thirteen_weight", "aIIb", "cdII", D=13, text="weight"),
@@ -347,6 +348,50 @@ def _special() -> list[Case]:
 SPECIAL = _special()
 BY_NAME = {case.name: case for case in SPECIAL}
 assert len(BY_NAME) == len(SPECIAL), "two cases of one name"
+
+
+def long_batch(seed: int, scheme="placeholders", layout="packed", B=3, T=5000, kinds=2, with_sizes=True, with_documents=False, runs=40, smaller=1) -> Given:
+    """Thousands of tokens a sample: what kernels split over blocks. Long runs of text, images and padding, and short ones.
+
+    `smaller`: everything that many times shorter, for Triton's interpreter, whose blocks are.
+    """
+    import random
+
+    rng = random.Random(seed)
+    T, B, runs = (T // smaller, B, max(1, runs // smaller)) if T > smaller else (T, B // smaller, runs)
+    tokens_of = [100 + c for c in range(kinds)]
+    lines, mask, documents = [], [], []
+    for _ in range(B):
+        line, kept, ids, document = [], [], [], 0
+        while len(line) < T:
+            n = min(rng.choice((1, 1, 2, 3, runs, 10 * runs, 40 * runs)), T - len(line))
+            what = rng.choice(["text", "text", *tokens_of])
+            line += [rng.randrange(1, 90) for _ in range(n)] if what == "text" else [what] * n
+            kept += [int(rng.random() > 0.1)] * n
+            ids += [document] * n
+            document += rng.randrange(2)
+        lines.append(tuple(line))
+        mask.append(tuple(kept))
+        documents.append(tuple(ids))
+    kinds_made = []
+    for token in tokens_of:
+        here = [line.count(token) for line in lines]
+        if scheme == "expand":
+            sizes = [rng.choice((0, 1, 1, 2, 3)) for _ in range(sum(here))]
+            if sizes:
+                sizes[len(sizes) // 2] = 3000 // smaller
+        elif with_sizes:
+            sizes = []
+            for n in here:
+                while n:
+                    sizes.append(min(n, rng.choice((1, 2, 5, 64, 1500 // smaller))))
+                    n -= sizes[-1]
+        else:
+            sizes = None
+        rows = sum(here) if sizes is None else sum(sizes)
+        kinds_made.append(Kind(token, rows, None if sizes is None else tuple(sizes)))
+    labels = tuple(tuple(range(b * T, b * T + T)) for b in range(B))
+    return Given(tuple(lines), tuple(kinds_made), tuple(mask), tuple(documents) if with_documents else None, labels, scheme, layout, width=T)
 
 
 # -- random batches ----------------------------------------------------------------------------------------------------

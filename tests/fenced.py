@@ -147,7 +147,7 @@ def main(backend: str) -> None:
 
     kernels = choice.choose(backend, "cpu")
     generator = torch.Generator().manual_seed(1)
-    chosen = SPECIAL if backend != "triton" else SPECIAL[::9]
+    chosen = SPECIAL[:: {"cpu": 1, "triton": 12}.get(backend, 6)]
     for case in chosen:
         plan = merge(case.tensors(), "reference").plan
         batch, width = plan._batch, plan.source_index.shape[1]
@@ -157,10 +157,10 @@ def main(backend: str) -> None:
             print(case.name, side, "plan", flush=True)
             run_plan(kernels, fence_batch(batch, side), width)
             # plain PyTorch checks its own bounds
-            for attempt in range({"reference": 0, "triton": 1}.get(backend, 4)):
+            for attempt in range({"reference": 0, "triton": 1}.get(backend, 2)):
                 print(case.name, side, "hostile plan", attempt, flush=True)
                 worse = batch._replace(**{name: hostile(value, generator, name in ("image_rows", "feature_counts")) for name in ("tokens", "attention_mask", "document_ids", "image_rows", "feature_counts") if (value := getattr(batch, name)) is not None})
-                other = width if batch.layout == 0 else max(0, width + (0, -1, 3, -width)[attempt])
+                other = width if batch.layout == 0 else max(0, width + (-1, 3)[attempt])
                 run_plan(kernels, fence_batch(worse, side), other)
             print(case.name, side, "rows", flush=True)
             run_rows(kernels, case.tensors(), plan, plan.source_index, side)

@@ -6,6 +6,7 @@ clever: it exists so that every backend, the reference included, has something i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -183,6 +184,7 @@ def _document_of(given: Given, b: int) -> list[int]:
     return out
 
 
+@functools.lru_cache(maxsize=1000)
 def answer(given: Given) -> Answer:
     """Every output row with its source and its facts; features that do not exist leave rows of zeros (or no rows)."""
     kinds, T = given.kinds, given.T
@@ -446,7 +448,7 @@ def weight_gradient(out: Answer, grad, weight, tokens, scale=None, combine="repl
     """Gradient of the embedding weight: rows of one id added in ascending order in fp32 (fp64), scaled, rounded once."""
     wide = accumulator(weight.dtype)
     total = torch.zeros(weight.shape, dtype=wide)
-    for row, g in zip(out.flat(), grad.reshape(-1, weight.shape[1])):
+    for row, g in zip(out.flat(), grad.flatten(0, 1)):
         if row.source is None or (row.source[0] == "feature" and combine == "replace"):
             continue
         total[tokens[row.token]] += g.to(wide)
@@ -486,7 +488,7 @@ def text_gradient(out: Answer, grad, N: int, dtype, combine="replace"):
     """Gradient of the text (N, D): the rows that a token went to, added in ascending order, rounded once; else zero."""
     wide = accumulator(dtype, grad.dtype)
     total = torch.zeros(N, grad.shape[-1], dtype=wide)
-    for row, g in zip(out.flat(), grad.reshape(-1, grad.shape[-1])):
+    for row, g in zip(out.flat(), grad.flatten(0, 1)):
         if row.source is not None and (row.source[0] == "token" or (combine == "add" and row.token >= 0)):
             total[row.token] += g.to(wide)
     return total.to(dtype)
@@ -495,7 +497,7 @@ def text_gradient(out: Answer, grad, N: int, dtype, combine="replace"):
 def feature_gradient(out: Answer, grad, first: int, rows: int, numbered: int, dtype):
     """Gradient of the feature rows first .. first + rows - 1: the row of grad that each went to; zero where it went nowhere."""
     result = torch.zeros(rows, grad.shape[-1], dtype=dtype)
-    for row, g in zip(out.flat(), grad.reshape(-1, grad.shape[-1])):
+    for row, g in zip(out.flat(), grad.flatten(0, 1)):
         if row.source is not None and row.source[0] == "feature" and first <= row.source[1] < first + min(rows, numbered):
             result[row.source[1] - first] = g.to(dtype)
     return result

@@ -41,6 +41,7 @@ def hidden_for(plan, D, dtype=torch.float32, device="cpu"):
     return torch.randn(*plan.source_index.shape, D, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows(name, backend, device):
     case = BY_NAME[name]
@@ -88,6 +89,7 @@ def test_left_out_kinds_add_nothing(backend, device):
     assert_bits(out, expected, "sum")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("nothing", [None, [], {}], ids=["none", "empty_list", "empty_dict"])
 def test_nothing_to_add(nothing, backend, device):
     case = BY_NAME["only_text"]
@@ -100,6 +102,7 @@ def test_nothing_to_add(nothing, backend, device):
     assert hidden.grad.eq(1).all()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["two_images_left_padded", "expanded_two_kinds"])
 def test_gradcheck(name, backend, device):
     case = replace(BY_NAME[name], D=2, forms=())

@@ -85,7 +85,8 @@ def check_mask(make, documents, images, attend, **more):
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("attend", ATTENDS, ids=words)
 def test_mask_of_every_case(attend, backend, device):
-    for case in SPECIAL if backend != "triton" else SPECIAL[::4]:
+    step = 3 if backend != "triton" else 15
+    for case in SPECIAL[ATTENDS.index(attend) % step :: step]:  # every case under some of the masks
         answer = case.answer()
         with serving(backend):
             plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
@@ -93,7 +94,7 @@ def test_mask_of_every_case(attend, backend, device):
 
 
 def test_intervals_of_random_merges(backend, device):
-    @examples(backend)
+    @examples(backend, 0.5)
     @given(cases(), st.sampled_from(ATTENDS))
     def check(case, attend):
         answer = case.answer()
@@ -110,7 +111,8 @@ def test_intervals_of_random_merges(backend, device):
             of_plan, of_mask = getattr(merged.plan, name), getattr(mask, name)
             assert (of_plan is None) == (of_mask is None)
             assert of_plan is None or torch.equal(of_plan, of_mask)
-        assert (mask.kv_lo2 is None) == all(oracle.runs_of_keys(line) < 2 for row in dense for line in row)
+        if backend != "triton":  # on a GPU it would have to be read back whether a row needs it
+            assert (mask.kv_lo2 is None) == all(oracle.runs_of_keys(line) < 2 for row in dense for line in row)
 
     check()
 
@@ -173,7 +175,7 @@ def documents_and_images(draw):
 
 
 def test_from_document_ids(backend, device):
-    @examples(backend, 2)
+    @examples(backend, 1.5)
     @given(documents_and_images(), st.sampled_from(ATTENDS), st.sampled_from((torch.int32, torch.int64)))
     def check(batch, attend, dtype):
         documents, images, Q = batch
@@ -194,7 +196,7 @@ def test_any_attend(backend, device):
         st.sampled_from(("causal", "bidirectional")),
     )
 
-    @examples(backend, 2)
+    @examples(backend, 1.5)
     @given(documents_and_images(), attends)
     def check(batch, attend):
         documents, images, Q = batch

@@ -340,23 +340,24 @@ def test_out(name, backend, device):
 
 
 def test_out_with_any_strides(backend, device):
-    """Whatever it cannot write row by row it must refuse by name, not corrupt."""
+    """Rows may lie anywhere; elements of a row that are not neighbours are refused on every backend alike."""
     case = BY_NAME["two_images_left_padded"]
     expected = expected_rows(case.tensors())
     tensors = case.tensors(device=device)
     B, T, D = expected.shape
     for name, out in {
-        "last_stride_two": torch.full((B, T, 2 * D), 5.0, device=device)[..., ::2],
-        "samples_last": torch.full((T, D, B), 5.0, device=device).permute(2, 0, 1),
         "tokens_first": torch.full((T, B, D), 5.0, device=device).transpose(0, 1),
         "every_second_row": torch.full((B, 2 * T, D), 5.0, device=device)[:, ::2],
     }.items():
-        try:
+        merge(tensors, backend, out=out)
+        assert_bits(out.cpu(), expected, name)
+    for name, out in {
+        "last_stride_two": torch.full((B, T, 2 * D), 5.0, device=device)[..., ::2],
+        "samples_last": torch.full((T, D, B), 5.0, device=device).permute(2, 0, 1),
+    }.items():
+        with pytest.raises(ValueError, match="out"):
             merge(tensors, backend, out=out)
-        except ValueError as error:
-            assert "out" in str(error), name
-        else:
-            assert_bits(out.cpu(), expected, name)
+        assert out.eq(5).all(), name
 
 
 def test_the_output_takes_writes_in_place(backend, device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import vlm_fuse
-from cases import BY_NAME, SPECIAL, cases
+from cases import BY_NAME, SPECIAL, Case, cases, long_batch
 from checking import assert_bits, examples, merge
 from hypothesis import given
 
@@ -47,12 +47,13 @@ def rows_are_told(case) -> bool:
     return True
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.name)
 def test_plan_of_merge(case, backend, device):
     check_plan(merge(case.tensors(device=device), backend).plan, case)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("case", [case for case in SPECIAL if rows_are_told(case)], ids=lambda case: case.name)
 def test_plan_made_ahead(case, backend, device):
     plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
@@ -137,6 +138,7 @@ def test_the_plan_of_a_worker_travels():
     check_plan(plan.to("cpu"), case)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["packed_layout", "documents_packed_again", "left_to_right_padded", "documents_in_one_row"])
 def test_fields_do_not_depend_on_the_order_of_asking(name, backend, device):
     case = BY_NAME[name]
@@ -204,3 +206,111 @@ def test_a_mismatch_is_named_in_the_worker():
     loader = torch.utils.data.DataLoader([broken], batch_size=1, collate_fn=_with_plan, num_workers=1)
     with pytest.raises(ValueError, match="sample 1"):
         next(iter(loader))
+
+
+LONG = {
+    "packed": dict(layout="packed"),
+    "kept_without_sizes": dict(layout="keep", with_sizes=False),
+    "padded_left": dict(layout="padded"),
+    "documents_packed": dict(layout="packed", with_documents=True, with_sizes=False),
+    "documents_kept": dict(layout="keep", with_documents=True),
+    "expanded": dict(scheme="expand", layout="packed", T=2500),
+    "many_short_samples": dict(layout="packed", B=700, T=9, runs=1),
+    "one_sample": dict(layout="packed", B=1, T=9000, kinds=1),
+    "eight_kinds": dict(layout="padded", T=900, kinds=8),
+}
+
+
+def smaller_on(backend, device) -> int:
+    return 60 if backend == "triton" and device == "cpu" else 1
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("name", LONG)
+def test_long_batches(name, backend, device):
+    """Counts carried from block to block, across samples, kinds, images and documents."""
+    from dataclasses import replace
+
+    given = long_batch(7, **LONG[name], smaller=smaller_on(backend, device))
+    if name == "padded_left":
+        given = replace(given, padding_side="left")
+    case = Case(name, given, document_dtype=torch.int32)
+    plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
+    check_plan(plan, case)
+    reference = vlm_fuse.plan(case.input_ids(), backend="reference", **case.settings(), **case.kinds_for_plan())
+    for attend in (vlm_fuse.Attend(window=1500 // smaller_on(backend, device)), vlm_fuse.Attend(images="bidirectional")):
+        try:
+            expected = reference.mask(attend)
+        except ValueError as refused:
+            with pytest.raises(ValueError) as caught:
+                plan.mask(attend)
+            assert str(caught.value) == str(refused)
+            continue
+        mask = plan.mask(attend)
+        for field in ("kv_lo", "kv_hi", "kv_lo2", "kv_hi2"):
+            a, b = getattr(mask, field), getattr(expected, field)
+            assert (a is None) == (b is None), field
+            assert a is None or torch.equal(a.cpu(), b), field
+
+
+def test_the_first_bad_sample_of_a_long_batch(backend, device):
+    """The error of the last block must not hide that of an earlier one, nor the other way round."""
+    from dataclasses import replace
+
+    given = long_batch(4, with_sizes=False, kinds=1, T=3000, B=4, smaller=smaller_on(backend, device))
+    case = Case("long", given)
+    total = [line.count(100) for line in given.tokens]
+    for sample in range(4):
+        rows = sum(total[:sample]) + total[sample] - 1
+        assert total[sample] > 0
+        short = replace(case, given=replace(given, kinds=(replace(given.kinds[0], rows=rows),)), D=1)
+        with pytest.raises(ValueError, match=rf"sample {sample} has {total[sample]} placeholders.* {total[sample] - 1} feature rows"):
+            merge(short.tensors(device=device), backend)
+    counts = list(total)
+    counts[1], counts[2], counts[3] = counts[1] + 1, counts[2] - 2, counts[3] + 1
+    wrong = replace(case, given=replace(given, kinds=(replace(given.kinds[0], counts=tuple(counts)),)), D=1)
+    with pytest.raises(ValueError, match=rf"sample 1 has {total[1]} placeholders.* {total[1] + 1} feature rows"):
+        merge(wrong.tensors(device=device), backend)
+
+
+def test_twenty_kinds(backend, device):
+    """Or the limit is told."""
+    case = Case("twenty", long_batch(5, kinds=20, T=700, layout="padded", smaller=10 if backend == "triton" else 1))
+    try:
+        plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
+    except NotImplementedError as refused:
+        assert backend == "triton" and "up to 8 kinds" in str(refused)
+    else:
+        check_plan(plan, case)
+
+
+@pytest.mark.parametrize("layout", ["keep", "packed"])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["list", "tensor"])
+def test_positions_go_on_from_the_parent(layout, as_tensor, backend, device):
+    """Branches after a shared prompt, and a branch of a branch: each counts on from the rows that it sees."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 7, 0, 8]], device=device)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 3, -1, 3]], device=device)
+    parents = [-1, 0, 0, 2]
+    given = torch.tensor(parents, device=device) if as_tensor else parents
+    plan = vlm_fuse.plan(ids, image_token_id=9, document_ids=documents, layout=layout, parent_ids=given, backend=backend)
+    expected = [0, 1, 2, 3, 4, 3, 4, 5, 0, 6] if layout == "keep" else [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    assert plan.position_ids.tolist() == [expected]
+    assert plan.document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 2, 3, *([-1] if layout == "keep" else []), 3]]
+    seen = plan.mask().dense()[0, 0].int()
+    assert seen[4].tolist()[:5] == [1, 1, 1, 1, 1] and seen[6].tolist()[:7] == [1, 1, 1, 0, 0, 1, 1]
+
+
+def test_attention_mask_of_floats(backend, device):
+    case = BY_NAME["packed_holes"]
+    arguments = case.settings(device) | case.kinds_for_plan(device)
+    arguments["attention_mask"] = arguments["attention_mask"].float() * 0.5
+    check_plan(vlm_fuse.plan(case.input_ids(device), backend=backend, **arguments), case)
+
+
+def test_ids_of_other_integer_types(backend):
+    import numpy
+
+    case = BY_NAME["packed_three_kinds"]
+    arguments = case.settings() | case.kinds_for_plan()
+    arguments["image_token_id"] = tuple(numpy.int64(token) for token in arguments["image_token_id"])
+    check_plan(vlm_fuse.plan(case.input_ids(), backend=backend, **arguments), case)

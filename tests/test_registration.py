@@ -360,14 +360,40 @@ def test_dispatch_modes_see_the_operators(backend):
     assert [func.name() for func, _, _ in calls].count("vlm_fuse::merge_rows") >= 1
 
 
-def test_function_modes(backend):
-    """As torch.device contexts and torch.set_default_device install them."""
-    case = BY_NAME["packed_layout"]
-    expected = merge(case.tensors(), backend)
-    with torch.device("cpu"):
-        actual = merge(case.tensors(), backend)
-        assert_bits(actual.inputs_embeds, expected.inputs_embeds, "inputs_embeds")
-        assert torch.equal(actual.position_ids, expected.position_ids)
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("name", ["packed_layout", "documents_packed_again", "expanded_two_kinds", "legacy_counts", "counts_and_sizes", "fused_embedding_scaled"])
+def test_default_device(name, place, backend):
+    """Inside a `torch.device` context what the library makes for itself still lies with the tensors it was given."""
+    case = BY_NAME[name]
+    tensors = case.tensors().require_grad()
+    arguments, ids = tensors.merge_arguments(), case.input_ids()
+    expected = vlm_fuse.merge(ids, backend=backend, **arguments)
+    with torch.device(place):
+        actual = vlm_fuse.merge(ids, backend=backend, **arguments)
+        for field in ("inputs_embeds", "position_ids", "document_ids", "image_ids", "cu_seqlens", "kv_lo"):
+            assert torch.equal(getattr(actual, field), getattr(expected, field)), field
+        unpacked = actual.unpack(actual.inputs_embeds)
+        assert unpacked.device.type == "cpu"
+        unpacked.sum().backward()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["fused_embedding_scaled", "added_to_scaled_weight", "packed_layout"])
+def test_default_dtype(name, default, backend):
+    case = BY_NAME[name]
+    found = []
+    for dtype in (torch.get_default_dtype(), default):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            tensors = case.tensors().require_grad()
+            merged = merge(tensors, backend)
+            merged.inputs_embeds.sum().backward()
+        finally:
+            torch.set_default_dtype(before)
+        found.append([merged.inputs_embeds.detach(), merged.position_ids, merged.kv_lo, *(leaf.grad for leaf in tensors.leaves)])
+    for a, b in zip(*found):
+        assert_bits(a, b, name)
 
 
 class Counted(torch.Tensor):

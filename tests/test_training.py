@@ -169,7 +169,7 @@ WAYS = [
 def test_same_losses_as_plain_pytorch(number, backend, plain):
     scheme, layout, left = WAYS[number]
     fused = number % 2 == 0
-    if backend == "triton" and layout != "packed":
+    if backend == "triton" and (layout != "packed" or scheme == "images_first"):
         pytest.skip("the interpreter is slow; packed stands for the others")
     ready = layout == "packed" and fused
     losses, model = train(lambda model, batch: merged_step(model, batch, backend, scheme, layout, left, fused, ready))
@@ -186,7 +186,7 @@ def test_a_sample_alone_gives_what_it_gives_in_company(backend):
     model = Decoder().double()
     batch = samples(torch.Generator().manual_seed(3))
     for scheme, layout, left in WAYS:
-        if backend == "triton" and layout != "packed":
+        if backend == "triton" and (scheme, layout) != ("expand", "packed"):
             continue
         together = hidden(model, batch, backend, scheme, layout, left)
         for b, one in enumerate(batch):
