@@ -16,7 +16,7 @@ Store prepare(void* data, int64_t bytes, int64_t all_bytes, bool fresh);
 // After the streaming stores of a thread, before others may read.
 void finish_stores(Store store);
 
-// Asks for bytes to be brought into the second-level cache, for a row that is read soon: a fifth faster than into the first.
+// Asks for bytes that are read soon. Into the second-level cache: a fifth faster for whole rows than into the first.
 inline void prefetch(const char* from, int64_t bytes) {
 #if defined(__GNUC__)
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 1);
