@@ -158,7 +158,9 @@ def _seen(
     if PREFIX:
         length = own.to(tl.int64) * 0 + prefix
         if prefix_lengths is not None:
-            length = tl.load(prefix_lengths + own, mask=(own >= 0) & (own < prefixes), other=0).to(tl.int64)
+            # prefixes -1: one length for every document
+            entry = tl.where(prefixes < 0, 0, own)
+            length = tl.load(prefix_lengths + entry, mask=(own >= 0) & ((own < prefixes) | (prefixes < 0)), other=0).to(tl.int64)
         front = tl.maximum(front, tl.minimum(start + length, stop))
     return low, high, front
 
@@ -403,7 +405,7 @@ def intervals(
     known = None if last else torch.empty(9 * count, dtype=torch.int32, device=device)
     bounds = None if parent_ids is None else torch.zeros(document_ids.shape[0] * parents * 2, dtype=torch.int32, device=device)
     bad = torch.empty(blocks, dtype=torch.int64, device=device) if status is not None and not last else None
-    sizes = (window, sinks, chunk_size, prefix, 0 if lengths is None else lengths.numel(), parents)
+    sizes = (window, sinks, chunk_size, prefix, 0 if lengths is None else lengths.numel() if lengths.dim() else -1, parents)
     flags = (kind == 1, window > 0, sinks > 0, chunk_size > 0, images, prefix_lengths is not None)
     with on_device_of(document_ids):
         summary_kernel[(blocks,)](document_ids, image_ids, summary, previous, count, width, blocks, not last, images > 0, _BLOCK, **SCAN)
