@@ -46,7 +46,8 @@ dlpack::Tensor tensor(PyObject* object, const char* name) {
 
 void allocation_failed(void*, const char*, const char* message) { PyErr_SetString(PyExc_MemoryError, message); }
 
-// A new tensor of integers, 0.3 us where new_empty takes 0.8. Its storage cannot be resized, so it is for index tensors.
+// A new tensor of integers, 0.3 us where new_empty takes 0.8. Its storage cannot be resized, so it is for index
+// tensors.
 struct NewTensor {
   py::object object;
   void* data;
@@ -55,7 +56,8 @@ struct NewTensor {
 NewTensor new_integers(uint8_t code, uint8_t bits, int32_t dimensions, int64_t* shape) {
   dlpack::Tensor like{nullptr, {dlpack::kCPU, 0}, dimensions, {code, bits, 1}, shape, nullptr, 0};
   dlpack::ManagedTensorVersioned* managed = nullptr;
-  if (attached.table->managed_tensor_allocator(&like, &managed, nullptr, allocation_failed) != 0) throw py::error_already_set();
+  if (attached.table->managed_tensor_allocator(&like, &managed, nullptr, allocation_failed) != 0)
+    throw py::error_already_set();
   void* data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
   void* object = nullptr;
   if (attached.table->managed_tensor_to_py_object_no_sync(managed, &object) != 0) throw py::error_already_set();
@@ -206,8 +208,9 @@ void report(const Record& record, PyObject* status) {
   }
   int64_t* kept = flat<int64_t>(status, 8, "status");
   if (kept[0] != kFine) return;
-  const int64_t fields[] = {record.code, record.sample,             record.kind,       record.placeholders,
-                            record.rows, record.total_placeholders, record.total_rows, record.extra};
+  const int64_t fields[] = {record.code,         record.sample, record.kind,
+                            record.placeholders, record.rows,   record.total_placeholders,
+                            record.total_rows,   record.extra};
   std::memcpy(kept, fields, sizeof fields);
 }
 
@@ -317,19 +320,34 @@ void new_fact(int64_t fact, const Batch& batch, int64_t* shape, int64_t sequence
     return found.data;
   };
   switch (fact) {
-    case kTextIndex: out.text_index = static_cast<int32_t*>(allocate(dlpack::kInt, 32)); break;
-    case kPositionIds: out.position_ids = static_cast<int64_t*>(allocate(dlpack::kInt, 64)); break;
-    case kDocumentIds: out.document_ids = static_cast<int32_t*>(allocate(dlpack::kInt, 32)); break;
-    case kImageIds: out.image_ids = static_cast<int32_t*>(allocate(dlpack::kInt, 32)); break;
-    case kKindIds: out.kind_ids = static_cast<int8_t*>(allocate(dlpack::kInt, 8)); break;
-    case kAttentionMask: out.attention_mask = static_cast<uint8_t*>(allocate(dlpack::kBool, 8)); break;
+    case kTextIndex:
+      out.text_index = static_cast<int32_t*>(allocate(dlpack::kInt, 32));
+      break;
+    case kPositionIds:
+      out.position_ids = static_cast<int64_t*>(allocate(dlpack::kInt, 64));
+      break;
+    case kDocumentIds:
+      out.document_ids = static_cast<int32_t*>(allocate(dlpack::kInt, 32));
+      break;
+    case kImageIds:
+      out.image_ids = static_cast<int32_t*>(allocate(dlpack::kInt, 32));
+      break;
+    case kKindIds:
+      out.kind_ids = static_cast<int8_t*>(allocate(dlpack::kInt, 8));
+      break;
+    case kAttentionMask:
+      out.attention_mask = static_cast<uint8_t*>(allocate(dlpack::kBool, 8));
+      break;
     case kLabels:
       if (!batch.labels) refuse(PyExc_ValueError, "labels: none were given");
-      out.labels = allocate(dlpack::kInt, 8 * batch.labels.bytes); break;
+      out.labels = allocate(dlpack::kInt, 8 * batch.labels.bytes);
+      break;
     case kCuSeqlens:
       out.sequences = sequences;
-      out.cu_seqlens = static_cast<int32_t*>(allocate(dlpack::kInt, 32)); break;
-    default: refuse(PyExc_ValueError, "facts: unknown number");
+      out.cu_seqlens = static_cast<int32_t*>(allocate(dlpack::kInt, 32));
+      break;
+    default:
+      refuse(PyExc_ValueError, "facts: unknown number");
   }
 }
 
@@ -378,7 +396,8 @@ PyObject* py_rows(PyObject* const* args) {
     if (merge.scaled) merge.scale = PyFloat_AsDouble(args[4]);
     if (merge.scaled && PyErr_Occurred()) throw py::error_already_set();
   }
-  const Items features(args[5], "features: expected a list of tensors"), starts(args[6], "starts: expected a list of ints");
+  const Items features(args[5], "features: expected a list of tensors"),
+      starts(args[6], "starts: expected a list of ints");
   if (features.size() > starts.size()) refuse(PyExc_ValueError, "starts: fewer than features");
   for (int64_t i = 0; i < features.size(); ++i) {
     RowTable table = row_table(tensor(features[i], "features"), merge.dim, "features");
@@ -406,7 +425,8 @@ Gradient gradient(PyObject* object, int64_t dim, const char* name) {
   return {static_cast<char*>(found.data), rows, row_dtype(found, name)};
 }
 
-// rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features, fresh)
+// rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features,
+// fresh)
 PyObject* py_rows_backward(PyObject* const* args) {
   MergeBackward backward;
   const dlpack::Tensor grad = tensor(args[0], "grad");
@@ -459,7 +479,8 @@ bool usual(PyObject* object, dlpack::Tensor* found) {
 
 bool is_whole(const dlpack::Tensor& found, int least) {
   if (found.dtype.code == dlpack::kInt) return found.dtype.bits >= least;
-  return least == 8 && found.dtype.bits == 8 && (found.dtype.code == dlpack::kBool || found.dtype.code == dlpack::kUInt);
+  return least == 8 && found.dtype.bits == 8 &&
+         (found.dtype.code == dlpack::kBool || found.dtype.code == dlpack::kUInt);
 }
 
 bool is_row_type(const dlpack::Tensor& found) {
@@ -477,12 +498,15 @@ PyObject* py_ordinary(PyObject* const* args) {
   const int64_t samples = ids.shape[0], length = ids.shape[1];
   if (samples * length >= INT32_MAX) Py_RETURN_NONE;
   const bool from_weight = args[1] == Py_None;
-  if (from_weight == (args[2] == Py_None) || !usual(args[from_weight ? 2 : 1], &text) || !is_row_type(text)) Py_RETURN_NONE;
-  if (from_weight ? text.ndim != 2 : (text.ndim != 3 || text.shape[0] != samples || text.shape[1] != length)) Py_RETURN_NONE;
+  if (from_weight == (args[2] == Py_None) || !usual(args[from_weight ? 2 : 1], &text) || !is_row_type(text))
+    Py_RETURN_NONE;
+  if (from_weight ? text.ndim != 2 : (text.ndim != 3 || text.shape[0] != samples || text.shape[1] != length))
+    Py_RETURN_NONE;
   const int64_t dim = text.shape[text.ndim - 1];
   for (int i = 4; i < 7; ++i) {
     if (args[i] == Py_None) continue;
-    if (!usual(args[i], &other) || other.ndim != 2 || other.shape[0] != samples || other.shape[1] != length) Py_RETURN_NONE;
+    if (!usual(args[i], &other) || other.ndim != 2 || other.shape[0] != samples || other.shape[1] != length)
+      Py_RETURN_NONE;
     if (!is_whole(other, i == 4 ? 8 : 32) || !contiguous(other)) Py_RETURN_NONE;
   }
   int64_t rows = 0, images = 0, each = 0;
@@ -520,8 +544,8 @@ void read_prefix(MaskRows& rows, PyObject* object) {
   }
 }
 
-// intervals(document_ids, image_ids, (kind, window, sinks, chunk_size, images), prefix_lengths, parent_ids, lo, hi, lo2,
-// hi2, status) -> whether a row has a second interval
+// intervals(document_ids, image_ids, (kind, window, sinks, chunk_size, images), prefix_lengths, parent_ids, lo, hi,
+// lo2, hi2, status) -> whether a row has a second interval
 PyObject* py_intervals(PyObject* const* args) {
   MaskRows rows;
   const dlpack::Tensor ids = tensor(args[0], "document_ids");
@@ -534,7 +558,9 @@ PyObject* py_intervals(PyObject* const* args) {
   rows.image_ids = flat_or_null<int32_t>(args[1], count, "image_ids");
   const Items attend(args[2], "attend: expected a tuple of ints");
   if (attend.size() != 5) refuse(PyExc_ValueError, "attend: expected five ints");
-  auto setting = [&](int64_t index) { return static_cast<int32_t>(std::clamp<int64_t>(whole(attend[index]), 0, kNoLimit)); };
+  auto setting = [&](int64_t index) {
+    return static_cast<int32_t>(std::clamp<int64_t>(whole(attend[index]), 0, kNoLimit));
+  };
   rows.attend.full = setting(0) == 1;
   rows.attend.window = setting(1);
   rows.attend.sinks = setting(2);
@@ -559,7 +585,8 @@ PyObject* py_intervals(PyObject* const* args) {
 // --- module ----------------------------------------------------------------------------------------------------------
 
 bool usable(const dlpack::ExchangeTable& table) {
-  return table.tensor_from_py_object_no_sync && table.managed_tensor_allocator && table.managed_tensor_to_py_object_no_sync;
+  return table.tensor_from_py_object_no_sync && table.managed_tensor_allocator &&
+         table.managed_tensor_to_py_object_no_sync;
 }
 
 // The newest table in the chain that this file knows; null: none.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from oracle import PAD, may_see, runs_of_keys
 
 HERE = Path(__file__).parent
