@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
+
 from oracle import Given, Kind, answer
 
 VOCABULARY = 40

@@ -7,6 +7,7 @@ import os
 
 import hypothesis
 import torch
+
 import vlm_fuse
 
 # the interpreter takes milliseconds for a program: few examples there

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import pytest
+
 import vlm_fuse
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck))

@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
+from hypothesis import given
+from torch.autograd import gradcheck, gradgradcheck
+
+import oracle
 import vlm_fuse
 from cases import BY_NAME, SPECIAL, cases
 from checking import assert_equal, examples, merge
-from hypothesis import given
-from torch.autograd import gradcheck, gradgradcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get

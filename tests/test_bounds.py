@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import vlm_fuse
 from cases import BY_NAME
 from checking import assert_bits, merge

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 import vlm_fuse
 from cases import BY_NAME
 from checking import assert_bits, merge

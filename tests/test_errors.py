@@ -3,13 +3,14 @@
 import re
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
+from hypothesis import given
+
+import oracle
 import vlm_fuse
 from cases import TOKENS, Case, cases, written
 from checking import assert_bits, examples, merge
-from hypothesis import given
 
 I = TOKENS[0]  # noqa: E741
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import vlm_fuse
 
 #: rows of this hidden size pass 2**31 elements at 2**31 / D rows

@@ -2,14 +2,15 @@
 
 import itertools
 
-import oracle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracle
 import vlm_fuse
 from cases import BY_NAME, SPECIAL, cases
 from checking import assert_bits, examples, merge, serving
-from hypothesis import given
-from hypothesis import strategies as st
 from vlm_fuse import Attend, IntervalMask
 
 ATTENDS = [

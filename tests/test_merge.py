@@ -3,13 +3,14 @@
 import functools
 import itertools
 
-import oracle
 import pytest
 import torch
+from hypothesis import given
+
+import oracle
 import vlm_fuse
 from cases import BY_NAME, SPECIAL, VOCABULARY, Case, cases
 from checking import assert_bits, assert_equal, examples, merge
-from hypothesis import given
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PAIRS = list(itertools.product(DTYPES, DTYPES))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+
 import vlm_fuse
 from cases import BY_NAME, SPECIAL, Case, cases, long_batch
 from checking import assert_bits, examples, merge
-from hypothesis import given
 
 FACTS = {
     "source_index": (torch.int32, "source_index"),

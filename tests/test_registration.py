@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import vlm_fuse
-from cases import BY_NAME, VOCABULARY
-from checking import assert_bits, assert_equal, merge, serving
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import vlm_fuse
+from cases import BY_NAME, VOCABULARY
+from checking import assert_bits, assert_equal, merge, serving
 from vlm_fuse import Attend
 
 IMAGE = 33

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import vlm_fuse
 from torch import nn
 from torch.nn import functional as F
+
+import vlm_fuse
 from vlm_fuse import Attend
 
 IMAGE, PAD, VOCABULARY, D, HEADS, STEPS = 40, 0, 41, 32, 2, 5
