@@ -160,7 +160,7 @@ def _seen(
         if prefix_lengths is not None:
             # prefixes -1: one length for every document
             entry = tl.where(prefixes < 0, 0, own)
-            length = tl.load(prefix_lengths + entry, mask=(own >= 0) & ((own < prefixes) | (prefixes < 0)), other=0).to(tl.int64)
+            length = tl.load(prefix_lengths + entry, mask=(own >= 0) & (entry < tl.where(prefixes < 0, 1, prefixes)), other=0).to(tl.int64)
         front = tl.maximum(front, tl.minimum(start + length, stop))
     return low, high, front
 
