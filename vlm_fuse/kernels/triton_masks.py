@@ -390,8 +390,6 @@ def intervals(
         return kv_lo, kv_hi, kv_lo2, kv_hi2
     device = document_ids.device
     lengths = None if prefix_lengths is None or isinstance(prefix_lengths, int) else torch.as_tensor(prefix_lengths, device=device).contiguous()
-    if lengths is not None and lengths.dim() == 0:
-        lengths = lengths.expand(1)
     prefix = prefix_lengths if isinstance(prefix_lengths, int) else 0
     parent_ids = None if parent_ids is None else torch.as_tensor(parent_ids, device=device).contiguous()
     parents = 0 if parent_ids is None else parent_ids.numel()
