@@ -105,17 +105,22 @@ def test_the_public_names():
     assert callable(vlm_fuse.merge) and callable(vlm_fuse.plan) and callable(vlm_fuse.backends)
 
 
-def test_the_reference_imports_nothing_but_torch():
-    source = (ROOT / "vlm_fuse" / "reference.py").read_text()
+REFERENCE = sorted(path.stem for path in (ROOT / "vlm_fuse").glob("reference*.py"))
+
+
+@pytest.mark.parametrize("module", REFERENCE)
+def test_the_reference_imports_nothing_but_torch(module):
+    """The definition stands on the batch alone."""
     import ast
 
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse((ROOT / "vlm_fuse" / f"{module}.py").read_text())):
         if isinstance(node, ast.Import):
             assert all(alias.name.split(".")[0] in ("torch",) for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             assert node.module.split(".")[0] in ("torch", "typing", "__future__"), node.module
         if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.module == "batch", "the definition stands on the batch alone"
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            assert set(names) <= {"batch", *REFERENCE}, names
 
 
 @pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "vlm_fuse" / "kernels").glob("*.py") if path.stem != "__init__"))
