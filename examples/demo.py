@@ -1,6 +1,6 @@
 """The main job on real input: photographs and chats, merged by every backend, checked, timed, trained on and drawn.
 
-    make demo                      or:  python -m examples.demo [--hidden 1024] [--rounds 7] [--out out/demo.png]
+    make demo                      or:  python -m examples.demo [--hidden 1024] [--rounds 5] [--out out/demo.png]
 
 Pictures come from scikit-learn and scikit-image, the tokenizer from mistral-common; nothing is downloaded.
 """
@@ -64,7 +64,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each contestant is timed (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each contestant is timed (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="the picture (default: %(default)s)")
     return parser.parse_args()
 

@@ -19,7 +19,7 @@ from .checking import DTYPES, LAYOUTS, given, places, short
 COLUMNS = ("", "rows out", "padding removed", "ms", "x copy", "transient MB")
 
 
-REFERENCE_ROUNDS = 2  # it takes a second or so, and nobody chooses it for its speed
+REFERENCE_ROUNDS = 1  # nobody chooses it for its speed
 
 
 class Line(NamedTuple):
