@@ -106,7 +106,7 @@ def test_gradcheck(name, backend, device):
             at += 1 if n is None else n
         return merge(copy, backend).inputs_embeds
 
-    assert gradcheck(function, tensors.leaves, fast_mode=backend == "triton", raise_exception=True)
+    assert gradcheck(function, tensors.leaves, fast_mode=backend != "cpu", raise_exception=True)
     assert gradgradcheck(function, tensors.leaves, fast_mode=True, raise_exception=True)
 
 

@@ -48,7 +48,7 @@ def rows_are_told(case) -> bool:
     return True
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.name)
 def test_plan_of_merge(case, backend, device):
     check_plan(merge(case.tensors(device=device), backend).plan, case)
@@ -226,7 +226,7 @@ def smaller_on(backend, device) -> int:
     return 60 if backend == "triton" and device == "cpu" else 1
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LONG)
 def test_long_batches(name, backend, device):
     """Counts carried from block to block, across samples, kinds, images and documents."""

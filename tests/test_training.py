@@ -146,6 +146,15 @@ def train(step, seed=0):
     return losses, model
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """A model this small only waits for its threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def plain():
     return {first: train(lambda model, batch: plain_step(model, batch, first)) for first in (False, True)}
