@@ -255,9 +255,12 @@ def explain(record: tuple[int, ...], batch: Batch | None = None, input_ids: Tens
             f"feature_counts: they add up to {wanted} rows, but image_embeds has {have}; " + (_ALLOW if wanted < have else "give the missing rows")
         )
     if code == COUNTS_DIFFER:
+        named = f"has {wanted} placeholders ({name})"
+        if batch is not None and SCHEMES[batch.scheme] == "expand":
+            named = f"has placeholders ({name}) for images of {wanted} feature rows or more"
         return ValueError(
-            f"feature_counts: sample {sample} has {wanted} placeholders ({name}) but owns {have} feature rows; the batch has {total} placeholders and "
-            f"{total_have} rows. Check the sample's tokens and images" + (f", or {_ALLOW}" if wanted < have else "")
+            f"feature_counts: sample {sample} {named} but owns {have} feature rows; the batch has {total} placeholders and {total_have} rows. "
+            f"Check the sample's tokens and images" + (f", or {_ALLOW}" if wanted < have else "")
         )
     if code == IMAGE_CUT:
         return ValueError(

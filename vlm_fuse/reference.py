@@ -387,7 +387,7 @@ def _count_errors(batch: Batch, kind: int, in_sample: list[int], sizes: list[int
                 reached += sizes[first]
                 first += 1
             named = sizes[first : first + wanted]
-            wanted = sum(named) if len(named) == wanted else rows + 1
+            wanted = sum(named) if len(named) == wanted else max(rows, given) + 1
         if scheme != "images_first" and (wanted > given or (wanted < given and not batch.unused)):
             yield COUNTS_DIFFER, sample, kind, wanted, given, total, rows, 0
         start = stop

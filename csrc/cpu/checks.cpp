@@ -42,7 +42,7 @@ void Checks::check_counts(const Kind& kind, const KindCursor& cursor, int64_t sa
   }
   if (batch_.scheme == Scheme::kImagesFirst) return;
   int64_t wanted = placeholders;
-  if (batch_.scheme == Scheme::kExpand) wanted = cursor.beyond ? kind.rows + 1 : cursor.named;
+  if (batch_.scheme == Scheme::kExpand) wanted = cursor.beyond ? std::max(kind.rows, owned) + 1 : cursor.named;
   if (wanted > owned || (wanted < owned && !batch_.unused)) {
     note({kCountsDiffer, sample, index, wanted, owned, 0, 0, 0}, index);
   }

@@ -114,9 +114,9 @@ def _kind_of_samples(
                 after = first + wanted
                 there = here & (counted > 0) & (after <= images)
                 span = image_start(image_ends, kinds, kind, tl.where(there, after, 0), MODES) - image_start(image_ends, kinds, kind, tl.where(there, first, 0), MODES)
-                asked = tl.where(there, span, rows + 1)
+                asked = tl.where(there, span, tl.maximum(rows, own) + 1)
             else:
-                asked = tl.where(wanted > 0, rows + 1, 0)
+                asked = tl.where(wanted > 0, tl.maximum(rows, own) + 1, 0)
         if SCHEME != IMAGES_FIRST:
             differs = here & (asked > own)
             if not UNUSED:
