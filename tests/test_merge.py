@@ -546,3 +546,20 @@ def test_nothing_of_the_outputs_size_but_the_output(way):
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     extra = 100 * D * 4 if way == "weight" else 0  # sums of the rows of one id
     assert allocated(lambda: torch.autograd.grad(out, leaves, grad)) - gradients < 64 * tokens + extra
+
+
+def test_lazily_negated_tensors(backend, device):
+    """`conj().imag` negates when it is read: a kernel that reads the memory would see the values before."""
+
+    def negated(*shape):
+        return torch.randn(*shape, dtype=torch.complex64, device=device).conj().imag
+
+    ids = torch.tensor([[1, 9, 9]], device=device)
+    text, features, weight = negated(1, 3, 4), negated(2, 4), negated(10, 4)
+    assert text.is_neg() and features.is_neg() and weight.is_neg()
+    expected = text.resolve_neg().clone()
+    expected[ids == 9] = features.resolve_neg()
+    for given in ((text, features), (text.resolve_neg(), features), (text, [features[:1], features[1:]])):
+        assert_bits(vlm_fuse.merge(ids, *given, image_token_id=9, backend=backend).inputs_embeds, expected)
+    looked_up = vlm_fuse.merge(ids, None, features, weight=weight, image_token_id=9, backend=backend).inputs_embeds
+    assert_bits(looked_up[0, 0], weight.resolve_neg()[1])

@@ -184,7 +184,7 @@ def merge(
     asked = name_from(backend)
     if plan is None:
         chosen = planning.choices(scheme, combine, layout, padding_side, length, attend, unused_features, validate, asked, document_ids)
-        kernels = ops.direct(asked, text)
+        kernels = ops.direct(asked, text, (image_embeds,) if type(image_embeds) is Tensor else ())
         ordinary = None
         if (
             type(image_token_id) is int
@@ -215,7 +215,7 @@ def merge(
         settled.is_plan(plan)
         if asked == "auto":
             asked = plan._settings.backend
-        kernels = ops.direct(asked, text)
+        kernels = ops.direct(asked, text, (image_embeds,) if type(image_embeds) is Tensor else ())
         if (placeholder_mask is None is labels is embed_scale) and settled.usual(
             plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id
         ):

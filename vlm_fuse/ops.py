@@ -57,8 +57,10 @@ def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> Mod
     """The backend's module where it may be called without the registered operators, else None."""
     if is_compiling() or _dispatch_modes() or _function_modes() or _peek_functorch() is not None or type(tensor) not in _PLAIN:
         return None
+    if tensor.is_neg():  # negated lazily: the dispatcher resolves that, a kernel would read the values before
+        return None
     for other in others:
-        if type(other) not in _PLAIN:
+        if type(other) not in _PLAIN or other.is_neg():
             return None
     if tensor.is_cpu:
         return choose(backend, "cpu")
