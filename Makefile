@@ -61,7 +61,7 @@ $(VENV)/bin/python:
 $(STAMP): $(SOURCES) | $(VENV)/bin/python
 	@echo "Installing into $(VENV). The first time this takes a minute or two, most of it for torch."
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt torch \
-		pybind11 ninja setuptools 'mistral-common[opencv]' --editable '.[$(EXTRAS)]'
+		pybind11 ninja setuptools --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

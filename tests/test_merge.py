@@ -559,7 +559,7 @@ def test_lazily_negated_tensors(backend, device):
     assert text.is_neg() and features.is_neg() and weight.is_neg()
     expected = text.resolve_neg().clone()
     expected[ids == 9] = features.resolve_neg()
-    for given in ((text, features), (text.resolve_neg(), features), (text, [features[:1], features[1:]])):
-        assert_bits(vlm_fuse.merge(ids, *given, image_token_id=9, backend=backend).inputs_embeds, expected)
+    for pair in ((text, features), (text.resolve_neg(), features), (text, [features[:1], features[1:]])):
+        assert_bits(vlm_fuse.merge(ids, *pair, image_token_id=9, backend=backend).inputs_embeds, expected)
     looked_up = vlm_fuse.merge(ids, None, features, weight=weight, image_token_id=9, backend=backend).inputs_embeds
     assert_bits(looked_up[0, 0], weight.resolve_neg()[1])

@@ -117,6 +117,7 @@ def measured(kernel, name: str) -> dict:
 
 def run_rows(dim, out, text, feature, options, batch=16):
     import torch
+
     from vlm_fuse.kernels import triton_merge
 
     dtype = {name: getattr(torch, name) for name in (out, text, feature)}
@@ -148,6 +149,7 @@ def run_rows(dim, out, text, feature, options, batch=16):
 
 def run_weight_gradient(batch=16):
     import torch
+
     from vlm_fuse.kernels import triton_merge
 
     source, ids = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.int64)
@@ -161,6 +163,7 @@ def run_weight_gradient(batch=16):
 def run_plan(scheme, layout, documents, samples=4, length=64, listed=True):
     """plan and every fact of a batch with two kinds."""
     import torch
+
     from vlm_fuse.batch import Batch
     from vlm_fuse.kernels import triton_plan
 
@@ -187,6 +190,7 @@ def run_plan(scheme, layout, documents, samples=4, length=64, listed=True):
 
 def run_masks(samples=2, length=700):
     import torch
+
     from vlm_fuse.kernels import triton_masks
 
     ids, status = torch.zeros(samples, length, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)

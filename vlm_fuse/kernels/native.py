@@ -48,7 +48,11 @@ def _load():
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if table is None:
         return None, f"torch {torch.__version__} has no DLPack exchange table: torch >= 2.10 is needed"
-    if not module.attach(table, _parallel_for(), RAISE, RecordedError, Tensor, torch.nn.Parameter):
+    try:
+        attached = module.attach(table, _parallel_for(), RAISE, RecordedError, Tensor, torch.nn.Parameter)
+    except TypeError:
+        return None, "the compiled module is older than the Python code: run pip install -e . (or make native) again"
+    if not attached:
         return None, f"the DLPack exchange table of torch {torch.__version__} is of another major version"
     return module, _why_there()
 
