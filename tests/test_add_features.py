@@ -103,8 +103,8 @@ def test_nothing_to_add(nothing, backend, device):
     assert hidden.grad.eq(1).all()
 
 
-@pytest.mark.thinned(2)
-@pytest.mark.parametrize("name", ["two_images_left_padded", "expanded_two_kinds"])
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("name", ["one_image", "two_images_left_padded", "expanded_two_kinds"])
 def test_gradcheck(name, backend, device):
     case = replace(BY_NAME[name], D=2, forms=())
     plan = plan_of(case, backend, device)

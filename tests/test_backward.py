@@ -84,10 +84,10 @@ def test_like_plain_autograd(name, backend, device):
         torch.testing.assert_close(leaf.grad.cpu(), wanted, rtol=1e-13, atol=1e-13)
 
 
-CHECKED = ["two_images_left_padded", "three_kinds_mixed_forms", "packed_dropped_placeholders", "expanded_left", "legacy_counts", "added_expanded_weight_padded", "fused_embedding_scaled", "added", "dummy_image_in_a_list_but_no_placeholder"]
+CHECKED = ["one_image", "two_images_left_padded", "three_kinds_mixed_forms", "packed_dropped_placeholders", "expanded_left", "legacy_counts", "added_expanded_weight_padded", "fused_embedding_scaled", "added", "dummy_image_in_a_list_but_no_placeholder"]
 
 
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", CHECKED)
 def test_gradcheck(name, backend, device):
     case = replace(BY_NAME[name], dtype=torch.float64, D=2)

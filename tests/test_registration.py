@@ -361,6 +361,7 @@ def test_dispatch_modes_see_the_operators(backend):
     assert [func.name() for func, _, _ in calls].count("vlm_fuse::merge_rows") >= 1
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("place", ["cpu", "meta"])
 @pytest.mark.parametrize("name", ["packed_layout", "documents_packed_again", "expanded_two_kinds", "legacy_counts", "counts_and_sizes", "fused_embedding_scaled"])
 def test_default_device(name, place, backend):
