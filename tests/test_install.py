@@ -49,7 +49,9 @@ def python(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     interpreter = folder / "bin" / "python"
     site = subprocess.run([interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
-    (Path(site.stdout.strip()) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # in front of its own: a new environment may come with a setuptools older than the build asks for
+    borrowed = sysconfig.get_path("purelib")
+    (Path(site.stdout.strip()) / "borrowed.pth").write_text(f"import sys; sys.path.insert(0, {borrowed!r})\n")
     return interpreter
 
 
