@@ -483,6 +483,8 @@ def _kind_fields(batch: Batch) -> tuple[list[int], int, int]:
     modes = listed = most = 0
     for c in range(batch.kind_count):
         token, first, rows, images, each = batch.kind(c)
+        if abs(token) >= 2**61:
+            raise NotImplementedError(f"the Triton backend takes placeholder ids of up to 61 bits, got {token}")
         if images == 0 or (images < 0 and SCHEMES[batch.scheme] == "expand"):
             images = each = 0  # an empty list needs no tensor
         fields += [token, first, rows, images, each, listed]
