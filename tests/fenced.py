@@ -118,16 +118,16 @@ def run_rows(kernels, tensors, plan, source_index, side: str) -> torch.Tensor:
     text_index = fenced(plan.text_index, side) if add else None
     source_index = fenced(source_index, side)
     out = fenced_empty((*source_index.shape, case.D), case.dtype, side)
-    kernels.rows(out, text, weight, tokens, case.scale, features, starts, source_index, text_index, add, False, None, False)
+    kernels.rows(out, text, weight, tokens, case.scale, features, starts, source_index, text_index, add, False, None)
     assert not out.isnan().any(), "a row that nobody wrote"
     if case.text == "embeds" and plan.layout == "keep":
-        kernels.rows(text, text, None, None, None, features, starts, source_index, None, add, True, None, False)
+        kernels.rows(text, text, None, None, None, features, starts, source_index, None, add, True, None)
     grad = fenced(torch.ones_like(out), side)
     grad_table = fenced_empty((text if weight is None else weight).shape, case.dtype, side)
     grad_features = [fenced_empty(feature.shape, feature.dtype, side) for feature in features]
     kernels.rows_backward(
         grad, source_index, text_index, tokens, case.scale, starts, add,
-        grad_table if weight is None else None, grad_table if weight is not None else None, grad_features, False,
+        grad_table if weight is None else None, grad_table if weight is not None else None, grad_features,
     )  # fmt: skip
     assert not any(made.isnan().any() for made in (grad_table, *grad_features)), "a gradient row that nobody wrote"
     return out

@@ -94,7 +94,6 @@ void run_rows(const std::vector<int32_t>& source, const std::vector<int32_t>& te
   merge.token_count = count;
   merge.scaled = from_weight && chance(50);
   merge.scale = 1.7;
-  merge.fresh = chance(50);
   check_tokens(merge);
   merge_rows(merge);
   merge.only_features = true;

@@ -291,6 +291,7 @@ ARGUMENTS = {
     "unknown_validate": (dict(validate="yes"), ValueError, ["validate", "sync"]),
     "unknown_unused": (dict(unused_features="ignore"), ValueError, ["unused_features", "allow"]),
     "unknown_backend": (dict(backend="cudnn"), ValueError, ["backend", "reference"]),
+    "layout_as_list": (dict(layout=["packed"]), ValueError, ["layout", "keep, padded, packed"]),
     "attend_as_string": (dict(attend="causal"), TypeError, ["attend"]),
     "length_with_keep": (dict(length=4), ValueError, ["length", "padded"]),
     "length_as_float": (dict(layout="packed", length=8.0), ValueError, ["length"]),

@@ -16,6 +16,9 @@ PAD = -(2**31)
 #: label that no loss counts (PyTorch's default ``ignore_index``).
 IGNORE_INDEX = -100
 
+#: dtypes of rows, in the order in which schemas and kernels number them.
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 #: integers that describe one kind of placeholder in `Batch.kinds`.
 KIND_FIELDS = 5
 

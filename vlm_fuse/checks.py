@@ -12,6 +12,7 @@ from .batch import (
     DOCUMENT_RETURNS,
     IMAGE_CUT,
     OUTSIDE_VOCABULARY,
+    ROW_DTYPES,
     SCHEMES,
     TOO_FEW_ROWS,
     TOO_LONG,
@@ -20,7 +21,6 @@ from .batch import (
     Batch,
 )
 
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
 MASK_DTYPES = (torch.int64, torch.bool, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ATTENTION_DTYPES = (*MASK_DTYPES, *ROW_DTYPES)
@@ -163,13 +163,8 @@ def feature_tensors(tensors, dim: int, device: torch.device) -> None:
             same_device("image_embeds", rows, device, "the text")
 
 
-def output(out: Tensor, shape, dim: int, sources: tuple[Tensor, ...], inputs_embeds, keep: bool, records: bool) -> None:
-    """`out` can be written: its shape and dtype, no overlap with what is read, no gradient lost."""
-    if torch.compiler.is_compiling():
-        raise ValueError("out: refused under torch.compile, which places outputs itself; leave it out")
-    wanted = (*shape, dim)
-    if tuple(out.shape) != wanted:
-        raise ValueError(f"out: expected {wanted}, got {tuple(out.shape)}")
+def output(out: Tensor, inputs_embeds, keep: bool, records: bool) -> None:
+    """`out` may be written: no gradient is lost, and no row is needed after it was overwritten."""
     if out is inputs_embeds:
         if not keep:
             raise ValueError("out: inputs_embeds can be written in place with layout='keep' and scheme='placeholders' only; other layouts move rows")
@@ -177,6 +172,13 @@ def output(out: Tensor, shape, dim: int, sources: tuple[Tensor, ...], inputs_emb
             raise ValueError("out: inputs_embeds is a leaf that requires grad and cannot be written in place; leave out=None")
     elif records or (torch.is_grad_enabled() and out.requires_grad):
         raise ValueError("out: cannot be written while gradients are recorded, unless it is inputs_embeds; leave it out or use torch.no_grad()")
+
+
+def output_memory(out: Tensor, shape, dim: int, sources: tuple[Tensor, ...]) -> None:
+    """`out` can be written: its shape, its strides, no overlap with what is read."""
+    wanted = (*shape, dim)
+    if tuple(out.shape) != wanted:
+        raise ValueError(f"out: expected {wanted}, got {tuple(out.shape)}")
     start, stop = _extent(out)
     for source in sources:
         if source is not out and source.numel() and out.numel():

@@ -6,15 +6,19 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import checks, ops, planning, settled
+from . import checks, ops, planning, settled, status
 from . import features as forms
 from .attending import CAUSAL, Attend
-from .autograd import RowCall, merge_rows
-from .backend import name_from
-from .batch import Batch
+from .autograd import RowCall, merge_rows, row_call
+from .backend import name_from, native
+from .batch import RAISE, Batch, RecordedError
 from .masks import IntervalMask
 from .token_plan import TokenPlan
+
+_CPU = torch.device("cpu")
+_new = tuple.__new__  # of a NamedTuple: half the time of its own
 
 
 class MergedBatch:
@@ -69,7 +73,7 @@ class MergedBatch:
         if rows.dim() < 2 or rows.shape[:2] != shape:
             raise ValueError(f"rows: expected {tuple(shape)} and any further dimensions, as inputs_embeds, got {tuple(rows.shape)}")
         checks.same_device("rows", rows, self.plan.device, "the plan")
-        index, rest = self.plan.unpack_index(), rows.shape[2:]
+        index, rest = self.plan.unpack_index, rows.shape[2:]
         flat = rows.reshape(*shape, rest.numel())
         if rows.dtype in checks.ROW_DTYPES:
             backend = self.plan._settings.backend
@@ -83,19 +87,15 @@ class MergedBatch:
         return made.view(*index.shape, *rest)
 
 
-def _delegate(name: str) -> property:
-    def read(self):
-        found = self.plan._facts.get(name)  # the property behind it would cost as much again
-        return getattr(self.plan, name) if found is None else found
-
-    return property(read, doc=f"TokenPlan.{name}")
+def _of_plan(name: str) -> property:
+    return property(lambda self: getattr(self.plan, name), doc=f"TokenPlan.{name}")
 
 
 for _name in (
     "labels", "source_index", "text_index", "position_ids", "document_ids", "image_ids", "kind_ids", "attention_mask",
     "kv_lo", "kv_hi", "kv_lo2", "kv_hi2", "cu_seqlens", "max_seqlen", "feature_starts",
 ):  # fmt: skip
-    setattr(MergedBatch, _name, _delegate(_name))
+    setattr(MergedBatch, _name, _of_plan(_name))
 
 
 def merge(
@@ -183,21 +183,21 @@ def merge(
     text = inputs_embeds if weight is None else weight
     asked = name_from(backend)
     if plan is None:
-        chosen = planning.choices(scheme, combine, layout, padding_side, length, attend, unused_features, validate, asked, document_ids)
-        kernels = ops.direct(asked, text, (image_embeds,) if type(image_embeds) is Tensor else ())
-        ordinary = None
+        try:
+            chosen = planning.known.get((scheme, combine, layout, padding_side, unused_features, validate, asked))
+        except TypeError:
+            chosen = None
+        if chosen is None or length is not None or attend is not CAUSAL or document_ids is not None:
+            chosen = planning.choices(scheme, combine, layout, padding_side, length, attend, unused_features, validate, asked, document_ids)
         if (
             type(image_token_id) is int
             and scheme == "placeholders"
             and placeholder_mask is None is image_sizes is feature_counts
             and (embed_scale is None or (weight is not None and type(embed_scale) is float))
         ):
-            ordinary = getattr(kernels, "ordinary", None)
-        # the usual batch is recognised in one native call; whatever it does not vouch for is looked at piece by piece
-        rows = ordinary and ordinary(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids)
-        if rows:
-            batch = Batch(input_ids, attention_mask, document_ids, labels, (image_token_id, 0, *rows), None, None, *chosen[:4])
-            plan = TokenPlan(batch, chosen.settings, kernels)
+            plan = _usual(asked, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id)
+        if plan is not None:
+            kernels = native(asked)
             features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
         else:
             tokens = checks.batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids)
@@ -215,10 +215,8 @@ def merge(
         settled.is_plan(plan)
         if asked == "auto":
             asked = plan._settings.backend
-        kernels = ops.direct(asked, text, (image_embeds,) if type(image_embeds) is Tensor else ())
-        if (placeholder_mask is None is labels is embed_scale) and settled.usual(
-            plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id
-        ):
+        kernels = native(asked) if placeholder_mask is None is labels is embed_scale and not is_compiling() else None
+        if settled.usual(plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id):
             features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
         else:
             plan, kinds = settled.agree(plan, options, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
@@ -227,16 +225,46 @@ def merge(
             kernels = ops.direct(asked, text, features)
         if validate == "auto":
             validate = plan._settings.validate
+    if validate == "auto":
+        validate = "sync" if text.is_cpu else "async"
     add = plan._settings.combine == "add"
-    call = RowCall(
+    call = row_call(
         None if weight is None else ops.unwrapped(input_ids).contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
-        text.dtype if out is None else _checked_dtype(out), ops.mode_of(validate, text), asked,
+        text.dtype if out is None else _checked_dtype(out), validate, asked,
     )  # fmt: skip
     if out is not None:
         records = torch.is_grad_enabled() and (text.requires_grad or any(rows.requires_grad for rows in features))
-        keep = plan.layout == "keep"
-        checks.output(out, plan.source_index.shape, text.shape[-1], (text, *features), inputs_embeds, keep, records)
+        if is_compiling():
+            raise ValueError("out: refused under torch.compile, which places outputs itself; leave it out")
+        if kernels is None or kernels is not native(asked) or not kernels.output_fits(out, plan.source_index, text, features):
+            checks.output_memory(out, plan.source_index.shape, text.shape[-1], (text, *features))
+        checks.output(out, inputs_embeds, plan.layout == "keep", records)
     return MergedBatch(merge_rows(kernels, inputs_embeds, weight, features, call, out), plan)
+
+
+def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id):
+    """The TokenPlan of a batch of the usual form, recognised and planned in one native call; None: look at it piece by piece."""
+    if is_compiling():
+        return None
+    kernels = native(asked)
+    if kernels is None:
+        return None
+    scheme, layout, left, unused, settings = chosen
+    validate = settings.validate
+    try:
+        made = kernels.usual_plan(
+            input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, layout, left, unused,
+            settings.length, RAISE if validate == "auto" or validate == "sync" else status.for_mode(validate, _CPU),
+        )  # fmt: skip
+    except RecordedError:  # found again on the long way, which knows the words for it
+        return None
+    if made is None:
+        return None
+    source_index, kinds, versions, facts = made
+    batch = _new(Batch, (input_ids, attention_mask, document_ids, labels, kinds, None, None, scheme, layout, left, unused))
+    if facts is not None:
+        return TokenPlan(batch, settings, source_index, versions=versions, step_facts=facts)
+    return TokenPlan(batch, settings, source_index, kernels.step_facts if document_ids is None else None, versions)
 
 
 def _checked_dtype(out: Tensor) -> torch.dtype:

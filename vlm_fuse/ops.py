@@ -17,7 +17,8 @@ from torch.compiler import is_compiling
 from . import checks, status
 from .attending import Attend
 from .backend import choose, name_from
-from .batch import LAYOUTS, RAISE, Batch, RecordedError
+from .batch import LAYOUTS, RAISE, ROW_DTYPES, Batch, RecordedError
+from .modes import dispatch_modes, function_modes, peek_functorch
 
 library = torch.library.Library("vlm_fuse", "DEF")
 
@@ -41,9 +42,6 @@ library.define(
     "int[] feature_dtypes, bool[] needs_features, str backend) -> Tensor[]"
 )
 
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
-_peek_functorch = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -55,7 +53,7 @@ def plain(tensor: Tensor) -> bool:
 
 def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> ModuleType | None:
     """The backend's module where it may be called without the registered operators, else None."""
-    if is_compiling() or _dispatch_modes() or _function_modes() or _peek_functorch() is not None or type(tensor) not in _PLAIN:
+    if is_compiling() or dispatch_modes() or function_modes() or peek_functorch() is not None or type(tensor) not in _PLAIN:
         return None
     if tensor.is_neg():  # negated lazily: the dispatcher resolves that, a kernel would read the values before
         return None
@@ -69,7 +67,7 @@ def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> Mod
 
 def functorch_active() -> bool:
     """Inside a transform of torch.func."""
-    return not is_compiling() and _peek_functorch() is not None
+    return not is_compiling() and peek_functorch() is not None
 
 
 #: inside it torch.func does not wrap new tensors: a plan takes part in no transform.
@@ -96,7 +94,8 @@ def mode_of(validate: str, tensor: Tensor) -> str:
     return validate
 
 
-def _status(validate: str, tensor: Tensor):
+def status_of(validate: str, tensor: Tensor):
+    """What a backend gets as `status` for a mode that is not "auto"."""
     return RAISE if validate == "sync" else status.for_mode(validate, tensor.device)
 
 
@@ -123,15 +122,14 @@ def _plan(kernels: ModuleType, batch: Batch, width: int | None, validate: str, b
     if width is None:
         width = needed_width(batch, backend)
     try:
-        return kernels.plan(batch, width, _status(validate, batch.tokens))
+        return kernels.plan(batch, width, status_of(validate, batch.tokens))
     except RecordedError as error:
         raise checks.explain(error.record, batch) from None
 
 
-def plan(batch: Batch, width: int | None, validate: str, backend: str, kernels: ModuleType | None = None) -> Tensor:
-    """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None. `kernels`: as `direct` gave it."""
-    if kernels is None:
-        kernels = direct(backend, batch.tokens)
+def plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
+    """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None."""
+    kernels = direct(backend, batch.tokens)
     if kernels is None:
         if functorch_active():
             with outside_functorch():
@@ -233,7 +231,7 @@ def _(*args):
 def _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair: bool, validate: str, backend: str):
     try:
         return _kernels(backend, document_ids).intervals(
-            document_ids, image_ids, tuple(attend), prefix_lengths, parent_ids, pair, _status(validate, document_ids)
+            document_ids, image_ids, tuple(attend), prefix_lengths, parent_ids, pair, status_of(validate, document_ids)
         )
     except RecordedError as error:
         raise checks.explain(error.record) from None
@@ -279,23 +277,21 @@ def _(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair, validat
 def merge_rows(kernels: ModuleType, text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate) -> Tensor:
     """The row op on plain tensors: ``(G, W, D)``, every row copied from one source row (two with `add`)."""
     table = text if weight is None else weight
-    rows, width = source_index.shape
-    if table.dtype is dtype:
-        out = table.new_empty(rows, width, table.shape[-1])  # separate ints: 0.5 us less than a tuple
-    else:
-        out = table.new_empty((rows, width, table.shape[-1]), dtype=dtype)
+    makes = kernels.MAKES_TENSORS
+    out = dtype if makes else table.new_empty((*source_index.shape, table.shape[-1]), dtype=dtype)
     try:
-        kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, False, _status(validate, source_index), True)
+        status_ = RAISE if validate == "sync" else status.for_mode(validate, source_index.device)
+        made = kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, False, status_)
     except RecordedError as error:
         raise checks.explain(error.record, input_ids=tokens) from None
-    return out
+    return made if makes else out
 
 
 def merge_rows_in_place(kernels: ModuleType, out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate) -> Tensor:
     """The row op written into `out`; where that is the text itself only the feature rows are written."""
-    status_ = _status(validate, source_index)
+    status_ = status_of(validate, source_index)
     try:
-        kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, out is text, status_, False)
+        kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, out is text, status_)
     except RecordedError as error:
         raise checks.explain(error.record, input_ids=tokens) from None
     if not out.is_inference():
@@ -317,33 +313,29 @@ def _(text, weight, tokens, scale, features, starts, source_index, text_index, a
     return table.new_empty((*source_index.shape, table.shape[-1]), dtype=dtype)
 
 
-def _empty_like(grad: Tensor, like: tuple) -> Tensor:
-    shape, dtype = like
-    return grad.new_empty(*shape) if grad.dtype is dtype and shape else grad.new_empty(shape, dtype=dtype)
-
-
 def merge_rows_backward(
-    kernels: ModuleType, grad, source_index, text_index, tokens, scale, starts, add, table_like, is_weight, needs_table, features_like, needs_features
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of the text (or weight) and of each feature tensor, None where not needed. `*_like` = (shape, dtype)."""
-    grad_table = _empty_like(grad, table_like) if needs_table else None
-    grad_features = [_empty_like(grad, like) if needed else None for like, needed in zip(features_like, needs_features)]
-    grad_text, grad_weight = (None, grad_table) if is_weight else (grad_table, None)
-    kernels.rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features, True)
-    return grad_table, grad_features
+    kernels: ModuleType, grad, source_index, text_index, tokens, scale, starts, add, table_like, is_weight, feature_likes
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the text (or weight) and of each feature tensor: (shape, dtype) of those wanted, None for the others."""
+    makes = kernels.MAKES_TENSORS
+    if not makes:
+        table_like, *feature_likes = [like and grad.new_empty(like[0], dtype=like[1]) for like in (table_like, *feature_likes)]
+    text, weight = (None, table_like) if is_weight else (table_like, None)
+    made = kernels.rows_backward(grad, source_index, text_index, tokens, scale, starts, add, text, weight, feature_likes)
+    return made if makes else (table_like, *feature_likes)
 
 
 def feature_lists(likes: tuple) -> tuple[list, list[int], list[int]]:
     """(shape, dtype) of each feature tensor as flat lists, which is what a schema can carry."""
     sizes = [size for shape, _ in likes for size in shape]
-    return sizes, [len(shape) for shape, _ in likes], [checks.ROW_DTYPES.index(dtype) for _, dtype in likes]
+    return sizes, [len(shape) for shape, _ in likes], [ROW_DTYPES.index(dtype) for _, dtype in likes]
 
 
 def feature_likes(sizes, dims, dtypes) -> tuple:
     """The reverse of `feature_lists`."""
     likes, at = [], 0
     for dim, dtype in zip(dims, dtypes):
-        likes.append((tuple(sizes[at : at + dim]), checks.ROW_DTYPES[dtype]))
+        likes.append((tuple(sizes[at : at + dim]), ROW_DTYPES[dtype]))
         at += dim
     return tuple(likes)
 
@@ -352,11 +344,12 @@ def _merge_rows_backward_op(
     grad, source_index, text_index, tokens, scale, starts, add, text_size, text_dtype, is_weight, needs_text,
     feature_sizes, feature_dims, feature_dtypes, needs_features, backend,
 ):  # fmt: skip
-    grad_table, grad_features = merge_rows_backward(
-        _kernels(backend, grad), grad, source_index, text_index, tokens, scale, starts, add, (tuple(text_size), text_dtype), is_weight,
-        needs_text, feature_likes(feature_sizes, feature_dims, feature_dtypes), needs_features,
+    likes = feature_likes(feature_sizes, feature_dims, feature_dtypes)
+    made = merge_rows_backward(
+        _kernels(backend, grad), grad, source_index, text_index, tokens, scale, starts, add, (tuple(text_size), text_dtype) if needs_text else None,
+        is_weight, [like if needed else None for like, needed in zip(likes, needs_features)],
     )  # fmt: skip
-    return [made for made in (grad_table, *grad_features) if made is not None]
+    return [gradient for gradient in made if gradient is not None]
 
 
 library.impl("merge_rows_backward", _merge_rows_backward_op, "CompositeExplicitAutograd")

@@ -29,7 +29,8 @@ class Choices(NamedTuple):
     settings: Settings
 
 
-_known: dict[tuple, Choices] = {}  # combinations of words that were checked already
+#: combinations of (scheme, combine, layout, padding_side, unused_features, validate, backend) that were checked already.
+known: dict[tuple, Choices] = {}
 
 
 def choices(
@@ -37,7 +38,10 @@ def choices(
 ) -> Choices:
     """The options of a call, checked. `backend` as `backend.name_from` gives it."""
     words = (scheme, combine, layout, padding_side, unused_features, validate, backend)
-    found = _known.get(words)
+    try:
+        found = known.get(words)
+    except TypeError:  # a list or a dict, which no word is
+        found = None
     if found is None:
         found = _check_words(words)
     if length is not None or attend is not CAUSAL:
@@ -50,7 +54,7 @@ def choices(
 
 
 def make(
-    tokens: Tensor, attention_mask, labels, document_ids, kinds: tuple[forms.Kind, ...], feature_counts, chosen: Choices, kernels=None
+    tokens: Tensor, attention_mask, labels, document_ids, kinds: tuple[forms.Kind, ...], feature_counts, chosen: Choices
 ) -> TokenPlan:  # fmt: skip
     """The plan of a checked batch. `kinds` as `features.describe` gives them."""
     samples, scheme, masked = tokens.shape[0], SCHEMES[chosen.scheme], chosen.settings.masked_by_tensor
@@ -71,7 +75,10 @@ def make(
         batch = Batch._make(ops.unwrapped(field) if isinstance(field, Tensor) else field for field in batch)
     if any(kind.rows < 0 for kind in kinds):
         batch = _count_rows(batch, kinds, chosen.settings.backend)
-    return TokenPlan(batch, chosen.settings, kernels)
+    settings = chosen.settings
+    width = batch.tokens.shape[1] if LAYOUTS[batch.layout] == "keep" else settings.length
+    source_index = ops.plan(batch, width, ops.mode_of(settings.validate, batch.tokens), settings.backend)
+    return TokenPlan(batch, settings, source_index)
 
 
 def _integers(attention_mask: Tensor | None) -> Tensor | None:
@@ -102,7 +109,7 @@ def _check_words(words: tuple[str, ...]) -> Choices:
         raise ValueError("combine: 'add' needs a placeholder to add to; images_first has none")
     settings = Settings(combine, None, CAUSAL, validate, backend)
     left, unused = padding_side == "left", unused_features == "allow"
-    found = _known[words] = Choices(SCHEMES.index(scheme), LAYOUTS.index(layout), left, unused, settings)
+    found = known[words] = Choices(SCHEMES.index(scheme), LAYOUTS.index(layout), left, unused, settings)
     return found
 
 

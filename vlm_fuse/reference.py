@@ -29,6 +29,9 @@ from .batch import (
 )
 from .reference_masks import intervals as intervals  # the backend's functions are found in one module
 
+#: outputs and gradients are made by the caller.
+MAKES_TENSORS = False
+
 
 def available() -> tuple[bool, str]:
     """Always there: it needs torch alone."""
@@ -423,7 +426,7 @@ def _table(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status, fresh) -> None:
+def rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status) -> None:
     """Write every output row: a copy of its feature row or of its token's embedding, converted; with add the sum of both."""
     dim = out.shape[-1]
     source = source_index.reshape(-1).long()
@@ -474,7 +477,7 @@ def rows(out, text, weight, tokens, scale, features, starts, source_index, text_
         out.copy_(target.view(out.shape))
 
 
-def rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features, fresh) -> None:
+def rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features) -> None:
     """The same rows read the other way: every gradient row is the row of `grad` that came from it, or zero."""
     dim = grad.shape[-1]
     grad = _table(grad)

@@ -21,8 +21,7 @@ def is_plan(plan) -> None:
 
 def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, weight, image_embeds, image_token_id) -> bool:
     """A call of the usual form, in which one native call finds that everything fits the plan; else `agree` looks closer."""
-    ordinary = getattr(kernels, "ordinary", None)
-    if ordinary is None or options != _DEFAULTS:
+    if kernels is None or options != _DEFAULTS:
         return False
     batch = plan._batch
     if input_ids is None:
@@ -32,8 +31,7 @@ def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, we
     kinds = batch.kinds
     if len(kinds) != KIND_FIELDS or plan._settings.masked_by_tensor or plan._target is not None or image_token_id not in (None, kinds[0]):
         return False
-    rows = ordinary(input_ids, inputs_embeds, weight, image_embeds, None, None, None)
-    return rows is not None and rows[0] == kinds[2]
+    return kernels.rows_of(input_ids, inputs_embeds, weight, image_embeds) == kinds[2]
 
 
 def agree(

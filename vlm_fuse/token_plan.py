@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops
 from .attending import Attend
@@ -17,7 +18,6 @@ from .positions import after_parents
 SIDES = ("right", "left")
 UNUSED = ("error", "allow")
 
-_KEEP = LAYOUTS.index("keep")
 _SELDOM = ("text_index", "image_ids", "kind_ids")
 _STEP = ("position_ids", "document_ids", "attention_mask", "cu_seqlens")
 _STEP_LABELS = ("labels", *_STEP)
@@ -37,8 +37,43 @@ class Settings(NamedTuple):
     max_documents: int | None = None
 
 
+class _Fact:
+    """A tensor of the plan that is made when first read; from then on it stands in the plan's __dict__, before this."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, plan: TokenPlan | None, owner: type):
+        if plan is None:
+            return self
+        name = self.name
+        if name == "labels" and plan._batch.labels is None:
+            return None
+        fill = plan._fill
+        if fill is not None and name not in _SELDOM and not is_compiling():
+            plan._keep(_STEP if plan._batch.labels is None else _STEP_LABELS, fill(plan._batch, plan._versions, plan.source_index))
+            plan._fill = None
+        else:
+            plan._make(plan._group(name))
+        return plan.__dict__[name]
+
+
+class _Once:
+    """A method read as an attribute, called once. (functools.cached_property takes a lock, which torch.compile refuses.)"""
+
+    def __init__(self, make):
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, plan: TokenPlan | None, owner: type):
+        if plan is None:
+            return self
+        made = plan.__dict__[self.name] = self.make(plan)
+        return made
+
+
 class TokenPlan:
-    """What `plan` returns and `merge` makes: index tensors of the output rows, each made when it is first read.
+    """What `plan` returns and `merge` makes: index tensors of the output rows, each made when it is first read (or, where
+    labels are given, together with source_index).
 
     All have the shape of the output, ``(G, W)``, unless said otherwise; `design <../docs/token_plan.md>`_ defines each.
 
@@ -57,19 +92,17 @@ class TokenPlan:
         feature_starts: tuple of ints, ``kinds + 1``: the number of each kind's first feature row, and of all.
     """
 
-    __slots__ = ("_batch", "_facts", "_masks", "_settings", "_target", "_versions", "_width", "source_index", "__weakref__")
-
-    def __init__(self, batch: Batch, settings: Settings, kernels=None):
-        """`kernels`: the backend's module where the caller knows that it may be called directly."""
+    def __init__(self, batch: Batch, settings: Settings, source_index: Tensor, fill=None, versions: tuple | None = None, step_facts: tuple[Tensor, ...] = ()):
+        """`fill`: a backend's `step_facts`, where it may be called on this batch without a further look; or what it gave."""
         self._batch = batch
         self._settings = settings
-        self._facts: dict = {}
         self._masks: dict = {}
         self._target = None  # device that facts are sent to, where it is not the batch's own
-        self._versions = _versions(batch)
-        width = batch.tokens.shape[1] if batch.layout == _KEEP else settings.length
-        self.source_index = ops.plan(batch, width, ops.mode_of(settings.validate, batch.tokens), settings.backend, kernels)
-        self._width = self.source_index.shape[1]
+        self._fill = fill
+        self._versions = _versions(batch) if versions is None else versions
+        self.source_index = source_index
+        if step_facts:
+            self.labels, self.position_ids, self.document_ids, self.attention_mask, self.cu_seqlens = step_facts
 
     def __repr__(self) -> str:
         batch = self._batch
@@ -130,77 +163,48 @@ class TokenPlan:
 
     # --- facts of the rows
 
-    def _fact(self, name: str) -> Tensor:
-        found = self._facts.get(name)
-        if found is None:
-            self._make(self._group(name))
-            found = self._facts[name]
-        return found
+    text_index = _Fact()
+    position_ids = _Fact()
+    document_ids = _Fact()
+    image_ids = _Fact()
+    kind_ids = _Fact()
+    attention_mask = _Fact()
+    labels = _Fact()
+    cu_seqlens = _Fact()
 
     def _group(self, name: str) -> tuple[str, ...]:
         """The facts made together when one of them is first read: those of a training step in one pass, or one alone."""
         batch = self._batch
-        if name in _SELDOM or "position_ids" in self._facts or (name == "cu_seqlens" and batch.document_ids is not None):
+        if name in _SELDOM or "position_ids" in self.__dict__ or (name == "cu_seqlens" and batch.document_ids is not None):
             return (name,)
         if batch.document_ids is None:
             return _STEP if batch.labels is None else _STEP_LABELS
         return _STEP[:-1] if batch.labels is None else _STEP_LABELS[:-1]  # how many documents there are is not known yet
 
     def _make(self, names: tuple[str, ...]) -> None:
-        """Facts of the rows in one pass over the tokens, kept for the next reader."""
-        versions = _versions(self._batch)
-        if versions and self._versions and versions != self._versions:
+        made, batch = None, self._batch
+        if not _written(self._versions, _versions(batch)):
+            made = ops.facts(batch, self.source_index.shape[1], names, self._settings.max_documents, self._settings.backend)
+        self._keep(names, made)
+
+    def _keep(self, names: tuple[str, ...], made: tuple[Tensor, ...] | None) -> None:
+        """Facts made in one pass over the tokens, kept for the next reader. None: the tokens are not what they were."""
+        if made is None:
             raise RuntimeError(
                 f"{', '.join(names)}: made when first read, but the tokens, attention_mask, document_ids or labels were changed in place since "
                 "the plan was made; read it before, or give merge clones"
             )
-        made = ops.facts(self._batch, self._width, names, self._settings.max_documents, self._settings.backend)
         if self._target is not None:
             made = tuple([fact.to(self._target, non_blocking=True) for fact in made])
-        self._facts.update(zip(names, made))
-        if "position_ids" in names and self._settings.parent_ids is not None:
+        self.__dict__.update(zip(names, made))
+        if self._settings.parent_ids is not None and "position_ids" in names:
             parent_ids = torch.as_tensor(self._settings.parent_ids, device=self.device)
-            self._facts["position_ids"] = after_parents(self._facts["position_ids"], self.document_ids, parent_ids)
+            self.position_ids = after_parents(self.position_ids, self.document_ids, parent_ids)
 
-    @property
-    def text_index(self) -> Tensor:
-        return self._fact("text_index")
-
-    @property
-    def position_ids(self) -> Tensor:
-        return self._fact("position_ids")
-
-    @property
-    def document_ids(self) -> Tensor:
-        return self._fact("document_ids")
-
-    @property
-    def image_ids(self) -> Tensor:
-        return self._fact("image_ids")
-
-    @property
-    def kind_ids(self) -> Tensor:
-        return self._fact("kind_ids")
-
-    @property
-    def attention_mask(self) -> Tensor:
-        return self._fact("attention_mask")
-
-    @property
-    def labels(self) -> Tensor | None:
-        return None if self._batch.labels is None else self._fact("labels")
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        return self._fact("cu_seqlens")
-
-    @property
+    @_Once
     def max_seqlen(self) -> int:
-        found = self._facts.get("max_seqlen")
-        if found is None:
-            lengths = self.cu_seqlens.diff()
-            found = self._facts["max_seqlen"] = int(lengths.max()) if lengths.numel() else 0
-        return found
+        lengths = self.cu_seqlens.diff()
+        return int(lengths.max()) if lengths.numel() else 0
 
     # --- masks
 
@@ -238,7 +242,7 @@ class TokenPlan:
             pair = pair or (needs_images and attend.window is not None) or (needs_images and attend.chunk_size is not None)
             image_ids = self.image_ids if needs_images else None
             parts = ops.intervals(self.document_ids, image_ids, attend, prefix_lengths, parent_ids, pair=pair, validate=validate, backend=backend)
-            found = self._masks[attend] = IntervalMask(parts[0], parts[1], self._width, *parts[2:])
+            found = self._masks[attend] = IntervalMask(parts[0], parts[1], self.source_index.shape[1], *parts[2:])
         return found
 
     def _own_attend(self, asked: str) -> Attend:
@@ -266,11 +270,7 @@ class TokenPlan:
 
     def _moved(self, move) -> TokenPlan:
         plan = object.__new__(TokenPlan)
-        for name in TokenPlan.__slots__[:-1]:
-            setattr(plan, name, getattr(self, name))
-        plan.source_index = move(self.source_index)
-        plan._facts = {name: move(fact) if isinstance(fact, Tensor) else fact for name, fact in self._facts.items()}
-        plan._masks = {}
+        plan.__dict__.update({name: move(value) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}, _masks={})
         return plan
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenPlan:
@@ -291,12 +291,11 @@ class TokenPlan:
         return self._moved(lambda tensor: tensor.pin_memory())
 
     def __getstate__(self):
-        return {name: getattr(self, name) for name in TokenPlan.__slots__[:-1] if name not in ("_versions", "_masks")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_versions", "_masks", "_fill")}
 
     def __setstate__(self, state) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-        self._masks, self._versions = {}, _versions(self._batch)
+        self.__dict__.update(state)
+        self._masks, self._versions, self._fill = {}, _versions(self._batch), None
 
     # --- what merging needs beside the rows
 
@@ -304,17 +303,12 @@ class TokenPlan:
         """The same plan for labels given later."""
         plan = self._moved(lambda tensor: tensor)
         plan._batch = self._batch._replace(labels=labels.to(self._batch.tokens.device).contiguous())
-        plan._versions = _versions(plan._batch)
+        plan._versions, plan._fill = _versions(plan._batch), None
         return plan
 
+    @_Once
     def unpack_index(self) -> Tensor:
         """int32 ``(B, T)`` or ``(B, longest sample)``: -1 - r for the output row r that goes there, else -2**31."""
-        found = self._facts.get("unpack_index")
-        if found is None:
-            found = self._facts["unpack_index"] = self._unpack_index()
-        return found
-
-    def _unpack_index(self) -> Tensor:
         samples, tokens = self._batch.tokens.shape
         groups, width = self.source_index.shape
         device = self.source_index.device
@@ -338,7 +332,7 @@ class TokenPlan:
     def _rows_per_sample(self) -> tuple[Tensor, int]:
         """((B,) int64 kept rows, the largest of them)."""
         plain = self._batch._replace(document_ids=None, attention_mask=self._kept_tokens())
-        (bounds,) = ops.facts(plain, self._width, ("cu_seqlens",), 0, self._settings.backend)
+        (bounds,) = ops.facts(plain, self.source_index.shape[1], ("cu_seqlens",), 0, self._settings.backend)
         rows = bounds.diff().long().to(self.source_index.device)
         return rows, int(rows.max()) if rows.numel() else 0
 
@@ -350,9 +344,13 @@ class TokenPlan:
         return kept if batch.attention_mask is None else kept & (batch.attention_mask != 0)
 
 
+def _written(then: tuple, now: tuple) -> bool:
+    return bool(then and now) and then != now
+
+
 def _versions(batch: Batch) -> tuple:
     """Counters that PyTorch raises at every write in place; inference tensors have none."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return ()
     tokens, attention_mask, document_ids, labels = batch[:4]
     try:

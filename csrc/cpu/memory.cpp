@@ -1,15 +1,15 @@
 #include "memory.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
+
+#include "blocks.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <emmintrin.h>
 #define VLM_FUSE_STREAMING 1
 #endif
 #if defined(__unix__) || defined(__APPLE__)
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
@@ -17,7 +17,6 @@ namespace vlm_fuse {
 namespace {
 
 constexpr int64_t kMiB = 1024 * 1024;
-constexpr int64_t kMapped = 32 * kMiB;  // glibc's largest threshold above which malloc maps a block of its own
 
 #ifdef VLM_FUSE_STREAMING
 // Virtual machines report the cache of the whole socket, or several: more than a guest's share is not believed.
@@ -33,36 +32,14 @@ int64_t cache_bytes() {
 }
 #endif
 
-bool huge_pages() {
-  static const bool on = [] {
-    const char* set = std::getenv("VLM_FUSE_HUGE_PAGES");
-    return set == nullptr || std::strcmp(set, "0") != 0;
-  }();
-  return on;
-}
-
-#ifdef MADV_HUGEPAGE
-void ask_for_huge_pages(void* data, int64_t bytes) {
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
-}
-#endif
-
 }  // namespace
 
-Store prepare(void* data, int64_t bytes, int64_t all_bytes, bool fresh) {
-  if (fresh && bytes > kMapped) {
-#ifdef MADV_HUGEPAGE
-    if (huge_pages()) ask_for_huge_pages(data, bytes);
-#endif
-    return Store::kOrdinary;
-  }
+Store prepare(const void* data, int64_t all_bytes) {
+  if (first_touch(data)) return Store::kOrdinary;
 #ifdef VLM_FUSE_STREAMING
   if (all_bytes >= cache_bytes() / 4 * 3) return Store::kStreaming;
 #endif
-  (void)data, (void)all_bytes;
+  (void)all_bytes;
   return Store::kOrdinary;
 }
 

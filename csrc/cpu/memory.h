@@ -1,4 +1,4 @@
-// How an output is written: through the caches or past them, on small or on huge pages.
+// How an output is written: through the caches or past them.
 #pragma once
 
 #include <cstddef>
@@ -8,10 +8,9 @@ namespace vlm_fuse {
 
 enum class Store { kOrdinary, kStreaming };
 
-// Streaming pays where the output is about as large as the last-level cache, and its pages are mapped already.
-// `fresh`: the op has allocated it itself; above 32 MiB malloc maps such a block anew each time, then huge pages are
-// asked for instead (VLM_FUSE_HUGE_PAGES=0: not), and ordinary stores are the faster ones on pages that fault.
-Store prepare(void* data, int64_t bytes, int64_t all_bytes, bool fresh);
+// Streaming pays where all that is written (`all_bytes`) is about as large as the last-level cache; on pages that
+// fault, those of a new block, ordinary stores are the faster ones.
+Store prepare(const void* data, int64_t all_bytes);
 
 // After the streaming stores of a thread, before others may read.
 void finish_stores(Store store);

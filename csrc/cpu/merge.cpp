@@ -146,8 +146,8 @@ void merge_rows(const Merge& merge) {
   const int64_t row_bytes = merge.dim * size_of(merge.out.dtype);
   if (merge.out.rows == 0 || row_bytes == 0) return;
   const int64_t bytes = merge.out.rows * row_bytes;
-  const bool dense = merge.out.dense(merge.dim) && merge.out.inner >= merge.out.rows;
-  const Store store = prepare(merge.out.data, bytes, bytes, merge.fresh && dense);
+  const Store store =
+      prepare(merge.out.data, merge.only_features ? std::min(bytes, merge.features.rows() * row_bytes) : bytes);
   auto write = [&](int64_t begin, int64_t end) { RowWriter(merge, store).write(begin, end); };
   if (!merge.only_features) return parallel_parts(merge.out.rows, row_bytes, write);
   // Feature rows may all stand in one part.

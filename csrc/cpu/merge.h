@@ -15,7 +15,6 @@ struct Merge {
   const int32_t* text_index = nullptr;  // null: row r itself
   bool add = false;
   bool only_features = false;           // other rows are left as they are
-  bool fresh = false;                   // out was allocated for this call
   RowTable text;                        // or, with `tokens`, the embedding weight
   Integers tokens;                      // flattened ids: text row j is weight row tokens[j]
   int64_t token_count = 0;
@@ -48,7 +47,6 @@ struct MergeBackward {
   const int32_t* source_index = nullptr;
   const int32_t* text_index = nullptr;
   bool add = false;
-  bool fresh = false;        // the gradients were allocated for this call
   bool wants_text = false;
   Gradient text;
   bool wants_weight = false;

@@ -84,7 +84,7 @@ class RowGradients {
 
   void add_target(const Gradient& out, const int32_t* from, bool text, int64_t all_bytes) {
     if (out.rows == 0) return;
-    const Store store = prepare(out.data, bytes_of(out), all_bytes, backward_.fresh);
+    const Store store = prepare(out.data, all_bytes);
     const int64_t rows_each = std::max<int64_t>(1, kBlockBytes / (backward_.dim * size_of(out.dtype)));
     for (int64_t begin = 0; begin < out.rows; begin += rows_each) {
       blocks_.push_back({targets_.size(), begin, std::min(begin + rows_each, out.rows)});
@@ -167,8 +167,7 @@ class WeightGradient {
     for (int64_t id = 0; id < ids_; ++id) {
       if (is_frequent(id)) frequent_.push_back(id);
     }
-    const int64_t bytes = ids_ * row_bytes();
-    store_ = prepare(backward.weight.data, bytes, bytes, backward.fresh);
+    store_ = prepare(backward.weight.data, ids_ * row_bytes());
   }
 
   void write() {

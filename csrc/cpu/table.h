@@ -56,6 +56,12 @@ class FeatureTables {
 
   const std::vector<FeatureTable>& all() const { return tables_; }
 
+  int64_t rows() const {
+    int64_t count = 0;
+    for (const FeatureTable& entry : tables_) count += entry.table.rows;
+    return count;
+  }
+
   // The table that holds feature row k, or null; `hint` is where the last one was found.
   const FeatureTable* find(int64_t k, size_t& hint) const {
     if (hint < tables_.size() && holds(tables_[hint], k)) return &tables_[hint];

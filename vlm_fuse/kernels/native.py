@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..batch import RAISE, Batch, RecordedError
+from ..batch import RAISE, ROW_DTYPES, Batch, RecordedError
+from ..modes import MODES
 
 
 def _why_missing() -> str:
@@ -49,7 +50,7 @@ def _load():
     if table is None:
         return None, f"torch {torch.__version__} has no DLPack exchange table: torch >= 2.10 is needed"
     try:
-        attached = module.attach(table, _parallel_for(), RAISE, RecordedError, Tensor, torch.nn.Parameter)
+        attached = module.attach(table, _parallel_for(), RAISE, RecordedError, Tensor, torch.nn.Parameter, ROW_DTYPES, MODES)
     except TypeError:
         return None, "the compiled module is older than the Python code: run pip install -e . (or make native) again"
     if not attached:
@@ -75,16 +76,36 @@ def available() -> tuple[bool, str]:
 if _native is not None:
     _plan, _facts, _intervals = _native.plan, _native.facts, _native.intervals
 
-    #: ordinary(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids)
-    #: -> (rows, images, rows_each) of image_embeds, or None where the batch is not of the usual form
-    ordinary = _native.ordinary
+    #: usual_plan(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id,
+    #: layout, left, unused, width, status) -> (source_index, kinds, versions, step facts where labels are given), or None where
+    #: the batch is not of the usual form
+    usual_plan = _native.usual_plan
 
-    #: rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status, fresh)
+    #: step_facts(batch, versions, source_index) -> labels (if there are any), position_ids, document_ids,
+    #: attention_mask and cu_seqlens of a batch without document_ids, or None where the batch was written in place since its tensors had these versions
+    step_facts = _native.step_facts
+
+    #: rows_of(input_ids, inputs_embeds, weight, image_embeds) -> rows of image_embeds, or None as above
+    rows_of = _native.rows_of
+
+    #: rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status) -> out
     rows = _native.rows
 
-    #: rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features, fresh)
+    #: rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features)
+    #: -> (gradient of the text or weight, *those of the features)
     rows_backward = _native.rows_backward
 
+    #: output_fits(out, source_index, table, features) -> True where the memory of `out` needs no further look
+    output_fits = _native.output_fits
+
+    #: gradients(as rows_backward) -> the same, or None where `grad` is not an ordinary tensor or a mode is active
+    gradients = _native.gradients
+
+    #: memory() -> (bytes of tensors made here that are alive, the most since reset_peak(), bytes kept for the next call)
+    memory, reset_peak = _native.memory, _native.reset_peak
+
+#: `rows` takes a dtype for an output, `rows_backward` (shape, dtype) for a gradient, and makes the tensor.
+MAKES_TENSORS = True
 
 def count(batch: Batch) -> tuple[int, int, int, tuple[int, ...]]:
     """Kept rows of the longest sample, of all samples, documents, and the placeholders of each kind."""

@@ -9,7 +9,11 @@ from .triton_masks import intervals
 from .triton_merge import rows, rows_backward
 from .triton_plan import count, facts, plan
 
-__all__ = ["available", "count", "facts", "intervals", "plan", "rows", "rows_backward"]
+__all__ = ["MAKES_TENSORS", "available", "count", "facts", "intervals", "plan", "rows", "rows_backward"]
+
+
+#: outputs and gradients are made by the caller.
+MAKES_TENSORS = False
 
 
 def available() -> tuple[bool, str]:

@@ -257,7 +257,7 @@ def _scale_bits(scale: float | None, dtype: torch.dtype) -> int:
 
 def rows(
     out: Tensor, text: Tensor | None, weight: Tensor | None, tokens: Tensor | None, scale: float | None, features, starts,
-    source_index: Tensor, text_index: Tensor | None, add: bool, only_features: bool, status, fresh: bool = False,
+    source_index: Tensor, text_index: Tensor | None, add: bool, only_features: bool, status,
 ) -> None:  # fmt: skip
     """Write every output row: a copy of its feature row or of its token's embedding, converted; with add the sum of both."""
     count, dim = source_index.numel(), out.shape[-1]
@@ -455,7 +455,7 @@ def _sorted_row(
 
 def rows_backward(
     grad: Tensor, source_index: Tensor, text_index: Tensor | None, tokens: Tensor | None, scale: float | None, starts, add: bool,
-    grad_text: Tensor | None, grad_weight: Tensor | None, grad_features, fresh: bool = False,
+    grad_text: Tensor | None, grad_weight: Tensor | None, grad_features,
 ) -> None:  # fmt: skip
     """Every gradient row is the row of `grad` that came from it (for the embedding weight: the sum of them), or zero."""
     count, dim = source_index.numel(), grad.shape[-1]
