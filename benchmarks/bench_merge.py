@@ -269,10 +269,11 @@ def _progress(total: int) -> Callable[[str | None], None]:
 
         return tick
     bar = tqdm(total=total, disable=None)
+    running = []  # a bar without a terminal keeps no postfix
 
     def tick(name: str | None) -> None:
-        if bar.postfix is not None:
-            bar.update()
+        bar.update(len(running))
+        running[:] = [name]
         bar.set_postfix_str(name or "done")
         if name is None:
             bar.close()

@@ -134,7 +134,7 @@ def backward_into(batch: Batch, text_frozen: bool = False) -> Operation:
     given = (grad, source_index, None, None, None, [0], False)
 
     def ours():
-        kernels.rows_backward(*given, None if text_frozen else grad_text, None, [grad_features], False)
+        kernels.rows_backward(*given, None if text_frozen else grad_text, None, [grad_features])
         return (grad_features,) if text_frozen else (grad_text, grad_features)
 
     expected = lambda: _gradients_expected(batch, grad)[1 if text_frozen else 0 :]

@@ -13,6 +13,7 @@ import resource
 import statistics
 import subprocess
 import time
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -187,6 +188,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "transparent_hugepage": _thp_state(),
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+        "free_page_reporting": _free_page_reporting(),
+        **{name: value for name, value in sorted(os.environ.items()) if name.startswith("VLM_FUSE_")},
         "load": os.getloadavg()[0],
     }
     if device == "cuda":
@@ -220,6 +223,20 @@ def _thp_state() -> str | None:
             return file.read().split("[")[1].split("]")[0]
     except (OSError, IndexError):
         return None
+
+
+def _free_page_reporting() -> bool:
+    """A virtual machine that hands free memory back to its host after two seconds; huge pages then are slow to come back.
+
+    Bit 5 of the features of virtio-balloon (virtio specification 1.2, section 5.5.3).
+    """
+    for features in Path("/sys/bus/virtio/drivers/virtio_balloon").glob("virtio*/features"):
+        try:
+            if features.read_text()[5] == "1":
+                return True
+        except (OSError, IndexError):
+            pass
+    return False
 
 
 def _commit() -> str | None:
