@@ -181,7 +181,7 @@ def merge(
     huggingface/nanoVLM.
     """
     text = inputs_embeds if weight is None else weight
-    asked = name_from(backend)
+    asked, quick = name_from(backend), False  # quick: recognised in one native call, which leaves nothing to look at
     if plan is None:
         try:
             chosen = planning.known.get((scheme, combine, layout, padding_side, unused_features, validate, asked))
@@ -195,9 +195,9 @@ def merge(
             and placeholder_mask is None is image_sizes is feature_counts
             and (embed_scale is None or (weight is not None and type(embed_scale) is float))
         ):
-            plan = _usual(asked, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id)
+            plan = _usual(asked, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, out)
         if plan is not None:
-            kernels = native(asked)
+            quick, kernels = True, native(asked)
             features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
         else:
             tokens = checks.batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids)
@@ -216,7 +216,8 @@ def merge(
         if asked == "auto":
             asked = plan._settings.backend
         kernels = native(asked) if placeholder_mask is None is labels is embed_scale and not is_compiling() else None
-        if settled.usual(plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id):
+        if settled.usual(plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id, out):
+            quick = True
             features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
         else:
             plan, kinds = settled.agree(plan, options, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
@@ -225,24 +226,23 @@ def merge(
             kernels = ops.direct(asked, text, features)
         if validate == "auto":
             validate = plan._settings.validate
+    if out is not None:
+        if not quick:
+            _check_memory(out, plan, text, features)
+        if out is inputs_embeds or torch.is_grad_enabled():
+            records = torch.is_grad_enabled() and (text.requires_grad or any([rows.requires_grad for rows in features]))
+            checks.output(out, inputs_embeds, plan.layout == "keep", records)
     if validate == "auto":
         validate = "sync" if text.is_cpu else "async"
     add = plan._settings.combine == "add"
     call = row_call(
         None if weight is None else ops.unwrapped(input_ids).contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
-        text.dtype if out is None else _checked_dtype(out), validate, asked,
+        text.dtype if out is None else out.dtype, validate, asked,
     )  # fmt: skip
-    if out is not None:
-        records = torch.is_grad_enabled() and (text.requires_grad or any(rows.requires_grad for rows in features))
-        if is_compiling():
-            raise ValueError("out: refused under torch.compile, which places outputs itself; leave it out")
-        if kernels is None or kernels is not native(asked) or not kernels.output_fits(out, plan.source_index, text, features):
-            checks.output_memory(out, plan.source_index.shape, text.shape[-1], (text, *features))
-        checks.output(out, inputs_embeds, plan.layout == "keep", records)
     return MergedBatch(merge_rows(kernels, inputs_embeds, weight, features, call, out), plan)
 
 
-def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id):
+def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, out):
     """The TokenPlan of a batch of the usual form, recognised and planned in one native call; None: look at it piece by piece."""
     if is_compiling():
         return None
@@ -254,7 +254,7 @@ def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, a
     try:
         made = kernels.usual_plan(
             input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, layout, left, unused,
-            settings.length, RAISE if validate == "auto" or validate == "sync" else status.for_mode(validate, _CPU),
+            settings.length, RAISE if validate == "auto" or validate == "sync" else status.for_mode(validate, _CPU), out,
         )  # fmt: skip
     except RecordedError:  # found again on the long way, which knows the words for it
         return None
@@ -267,6 +267,8 @@ def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, a
     return TokenPlan(batch, settings, source_index, kernels.step_facts if document_ids is None else None, versions)
 
 
-def _checked_dtype(out: Tensor) -> torch.dtype:
+def _check_memory(out: Tensor, plan: TokenPlan, text: Tensor, features: tuple[Tensor, ...]) -> None:
     checks.dtype_of("out", out, checks.ROW_DTYPES)
-    return out.dtype
+    if is_compiling():
+        raise ValueError("out: refused under torch.compile, which places outputs itself; leave it out")
+    checks.output_memory(out, plan.source_index.shape, text.shape[-1], (text, *features))

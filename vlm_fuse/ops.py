@@ -289,7 +289,7 @@ def merge_rows(kernels: ModuleType, text, weight, tokens, scale, features, start
 
 def merge_rows_in_place(kernels: ModuleType, out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate) -> Tensor:
     """The row op written into `out`; where that is the text itself only the feature rows are written."""
-    status_ = status_of(validate, source_index)
+    status_ = RAISE if validate == "sync" else status.for_mode(validate, source_index.device)
     try:
         kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, out is text, status_)
     except RecordedError as error:

@@ -19,7 +19,7 @@ def is_plan(plan) -> None:
         raise TypeError(f"plan: expected a TokenPlan, got {type(plan).__name__}")
 
 
-def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, weight, image_embeds, image_token_id) -> bool:
+def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, weight, image_embeds, image_token_id, out) -> bool:
     """A call of the usual form, in which one native call finds that everything fits the plan; else `agree` looks closer."""
     if kernels is None or options != _DEFAULTS:
         return False
@@ -31,7 +31,7 @@ def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, we
     kinds = batch.kinds
     if len(kinds) != KIND_FIELDS or plan._settings.masked_by_tensor or plan._target is not None or image_token_id not in (None, kinds[0]):
         return False
-    return kernels.rows_of(input_ids, inputs_embeds, weight, image_embeds) == kinds[2]
+    return kernels.rows_of(input_ids, inputs_embeds, weight, image_embeds, out, plan.source_index) == kinds[2]
 
 
 def agree(

@@ -12,7 +12,6 @@ PyObject* py_step_facts(PyObject* const* args);
 PyObject* py_usual_plan(PyObject* const* args);
 PyObject* py_rows_of(PyObject* const* args);
 PyObject* py_rows(PyObject* const* args);
-PyObject* py_output_fits(PyObject* const* args);
 PyObject* py_gradients(PyObject* const* args);
 PyObject* py_rows_backward(PyObject* const* args);
 PyObject* py_intervals(PyObject* const* args);

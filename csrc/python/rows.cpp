@@ -10,22 +10,6 @@
 namespace vlm_fuse {
 namespace {
 
-// First byte and the byte after the last.
-struct Extent {
-  const char* begin;
-  const char* end;
-};
-
-Extent extent(const dlpack::Tensor& found) {
-  const char* data = static_cast<const char*>(found.data);
-  int64_t last = 0;
-  for (int32_t i = 0; i < found.ndim; ++i) {
-    if (found.shape[i] == 0) return {data, data};
-    last += (found.shape[i] - 1) * found.strides[i];
-  }
-  return {data, data + (last + 1) * found.dtype.bits / 8};
-}
-
 // Rows that have numbers of their own: a table may be longer than what the plan gave its kind.
 int64_t owned_rows(const Items& starts, int64_t index, int64_t rows) {
   if (index + 1 >= starts.size()) return rows;
@@ -165,24 +149,6 @@ PyObject* py_rows_backward(PyObject* const* args) {
   }
   without_gil(rows * backward.dim * 4, [&] { merge_rows_backward(backward); });
   return made.release().ptr();
-}
-
-// output_fits(out, source_index, table, features) -> whether `out` is contiguous, of the shape (*source_index, D), and
-// in memory of its own. `out` may be the table. False may also mean: look closer.
-PyObject* py_output_fits(PyObject* const* args) {
-  dlpack::Tensor out, index, source;
-  if (!usual(args[0], &out) || !usual(args[1], &index) || !is_row_type(out) || !contiguous(out)) Py_RETURN_FALSE;
-  if (out.ndim != 3 || index.ndim != 2 || out.shape[0] != index.shape[0] || out.shape[1] != index.shape[1])
-    Py_RETURN_FALSE;
-  const Extent target = extent(out);
-  const Items features(args[3], "features: expected a tuple of tensors");
-  for (int64_t i = -1; i < features.size(); ++i) {
-    PyObject* const object = i < 0 ? args[2] : features[i];
-    if (!usual(object, &source) || source.ndim < 1 || source.shape[source.ndim - 1] != out.shape[2]) Py_RETURN_FALSE;
-    const Extent read = extent(source);
-    if (object != args[0] && read.begin < target.end && target.begin < read.end) Py_RETURN_FALSE;
-  }
-  Py_RETURN_TRUE;
 }
 
 // gradients(as rows_backward) -> the same, or None where `grad` is out of the ordinary

@@ -77,7 +77,7 @@ if _native is not None:
     _plan, _facts, _intervals = _native.plan, _native.facts, _native.intervals
 
     #: usual_plan(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id,
-    #: layout, left, unused, width, status) -> (source_index, kinds, versions, step facts where labels are given), or None where
+    #: layout, left, unused, width, status, out) -> (source_index, kinds, versions, step facts where labels are given), or None where
     #: the batch is not of the usual form
     usual_plan = _native.usual_plan
 
@@ -85,7 +85,7 @@ if _native is not None:
     #: attention_mask and cu_seqlens of a batch without document_ids, or None where the batch was written in place since its tensors had these versions
     step_facts = _native.step_facts
 
-    #: rows_of(input_ids, inputs_embeds, weight, image_embeds) -> rows of image_embeds, or None as above
+    #: rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index) -> rows of image_embeds, or None as above
     rows_of = _native.rows_of
 
     #: rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status) -> out
@@ -94,9 +94,6 @@ if _native is not None:
     #: rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_weight, grad_features)
     #: -> (gradient of the text or weight, *those of the features)
     rows_backward = _native.rows_backward
-
-    #: output_fits(out, source_index, table, features) -> True where the memory of `out` needs no further look
-    output_fits = _native.output_fits
 
     #: gradients(as rows_backward) -> the same, or None where `grad` is not an ordinary tensor or a mode is active
     gradients = _native.gradients
