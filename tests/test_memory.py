@@ -178,6 +178,15 @@ def test_many_threads_share_the_blocks():
     assert any(torch.equal(made, out) for made in handed for out in wanted)
 
 
+def test_sizes_beyond_any_memory_are_refused():
+    """Expanded tensors have sizes that nobody can hold."""
+    ids = torch.zeros(1, 1 << 20, dtype=torch.long)
+    with pytest.raises(MemoryError, match="no memory for a result of 1152921504606846976 bytes|larger than any memory"):
+        merge(ids, torch.zeros(1).expand(1, 1 << 20, 1 << 38), None)
+    with pytest.raises(MemoryError, match="no memory for a result of 1125899906842624 bytes"):
+        merge(ids, torch.zeros(1).expand(1, 1 << 20, 1 << 28), None)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_uses_blocks_of_its_own():
     code = """

@@ -29,7 +29,7 @@ int64_t bytes_of(const NewTensor& tensor) {
   for (int32_t i = 0; i < tensor.ndim; ++i) {
     const int64_t size = tensor.shape[i];
     if (size < 0) refuse(PyExc_ValueError, "a size below zero");
-    if (size > 0 && bytes > kMost / size) throw std::bad_alloc();
+    if (size > 0 && bytes > kMost / size) refuse(PyExc_MemoryError, "a result larger than any memory");
     bytes *= size;
   }
   return bytes;
@@ -85,7 +85,12 @@ void new_tensors(NewTensor* wanted, int64_t count, PyObject** made) {
   const int64_t head = aligned(static_cast<int64_t>(sizeof(Piece) + static_cast<size_t>(count) * sizeof(Description)));
   const Block block = bytes >= kLargeBytes ? take_block(bytes) : Block{};
   const int64_t total = block.data != nullptr ? head : head + bytes;
-  char* memory = static_cast<char*>(::operator new(static_cast<size_t>(total), std::align_val_t{kAlignment}));
+  char* memory =
+      static_cast<char*>(::operator new(static_cast<size_t>(total), std::align_val_t{kAlignment}, std::nothrow));
+  if (memory == nullptr) {
+    if (block.data != nullptr) give_back(block);
+    refuse(PyExc_MemoryError, "no memory for a result of " + std::to_string(bytes) + " bytes");
+  }
   Piece* piece = new (memory) Piece{{count}, bytes, block};
   account(bytes);
   Description* descriptions = reinterpret_cast<Description*>(memory + sizeof(Piece));

@@ -1,12 +1,11 @@
 // The usual call of merge, recognised at one go: what costs Python twenty looks at tensors.
+#include "../cpu/plan.h"
 #include "arguments.h"
 #include "batch_arguments.h"
 #include "functions.h"
 #include "plan.h"
 #include "tensors.h"
 #include "versions.h"
-
-#include "../cpu/plan.h"
 
 namespace vlm_fuse {
 namespace {
@@ -51,7 +50,8 @@ bool usual_output(PyObject* object, const Sources& sources, int64_t groups, int6
   return (object == sources.table_object || apart(table)) && (features.data == nullptr || apart(features));
 }
 
-// What image_embeds of the usual kind say: rows, images and rows of each, as in Batch.kinds. False: out of the ordinary.
+// What image_embeds of the usual kind say: rows, images and rows of each, as in Batch.kinds. False: out of the
+// ordinary.
 bool read_features(PyObject* object, Sources* sources) {
   Kind& kind = sources->kind;
   kind.first_row = kind.rows = kind.images = kind.rows_each = 0;
@@ -79,7 +79,8 @@ bool usual_like(PyObject* object, const Batch& batch, int least, Integers* read,
 // input_ids, inputs_embeds, weight and image_embeds of the usual kind, fitting one another.
 bool usual_sources(PyObject* const* args, Sources* sources) {
   dlpack::Tensor ids;
-  if (!called_plainly() || !usual(args[0], &ids) || ids.ndim != 2 || !is_whole(ids, 32) || !contiguous(ids)) return false;
+  if (!called_plainly() || !usual(args[0], &ids) || ids.ndim != 2 || !is_whole(ids, 32) || !contiguous(ids))
+    return false;
   Batch& batch = sources->batch;
   batch.samples = ids.shape[0];
   batch.length = ids.shape[1];
@@ -105,9 +106,9 @@ int64_t needed_width(const Batch& batch) {
 }  // namespace
 
 // usual_plan(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, token, layout, left,
-// unused, width, status, out) -> (source_index, kinds, versions, step facts), or None where anything is out of the ordinary:
-// then the Python checks find out whether that is legal, and say so if not. Nothing is accepted here that they would
-// refuse. The step facts are made where labels are given, since who gives them reads them; else None.
+// unused, width, status, out) -> (source_index, kinds, versions, step facts), or None where anything is out of the
+// ordinary: then the Python checks find out whether that is legal, and say so if not. Nothing is accepted here that
+// they would refuse. The step facts are made where labels are given, since who gives them reads them; else None.
 PyObject* py_usual_plan(PyObject* const* args) {
   Sources sources;
   if (!usual_sources(args, &sources)) Py_RETURN_NONE;
@@ -134,8 +135,8 @@ PyObject* py_usual_plan(PyObject* const* args) {
   return py::make_tuple(source_index, kinds, versions(written), facts).release().ptr();
 }
 
-// rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index) -> rows of image_embeds where all is of the
-// usual kind, and `out`, if given, can hold the rows of the plan; or None
+// rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index) -> rows of image_embeds where all is of
+// the usual kind, and `out`, if given, can hold the rows of the plan; or None
 PyObject* py_rows_of(PyObject* const* args) {
   Sources sources;
   dlpack::Tensor index;
