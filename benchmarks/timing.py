@@ -92,7 +92,7 @@ def interleave(
         seed: of the order of the contestants in each round.
         tick: called after every round, for a progress bar.
     """
-    clock = _Cuda() if device == "cuda" else _cpu_clock
+    clock = _Cuda() if device == "cuda" else cpu_clock
     for _ in range(warmup):
         started = time.perf_counter()
         for contestant in contestants:
@@ -121,7 +121,7 @@ def _once(contestant: Contestant, clock) -> tuple[float, int]:
     return clock(contestant.run)
 
 
-def _cpu_clock(run) -> tuple[float, int]:
+def cpu_clock(run) -> tuple[float, int]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     started = time.perf_counter()
     result = run()

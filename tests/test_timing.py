@@ -17,6 +17,17 @@ def test_ratio_is_taken_within_a_round():
     assert row["ms"] == 20000.0 and row["rounds"] == 5
 
 
+def test_a_contestant_in_a_process_of_its_own():
+    from benchmarks.bench_apart import Process
+
+    process = Process("C", "vlm_fuse", "default")
+    assert process.answer() == ["ready"]
+    runs = [process.run() for _ in range(2)]
+    process.end()
+    assert all(seconds > 0 and faults >= 0 for seconds, faults in runs)
+    assert process.running.returncode == 0
+
+
 def test_quantile_between_neighbours():
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 10.0], 0.2) == pytest.approx(2.0)
