@@ -66,17 +66,19 @@ def runs(
     share: None for one single image row in the whole batch.
     """
     ids = torch.randint(3, vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
-    image = torch.zeros(length, dtype=torch.bool)
+    image, sizes = torch.zeros(length, dtype=torch.bool), ()
     if share is not None and share > 0:
-        # of every period of tokens, the last `run` are image
+        # of every period of tokens, the last `run` are image; the last period of a row may be cut short
         period = max(run, round(run / share))
         image = torch.arange(length) % period >= period - run
+        rest = max(0, length % period - (period - run))
+        sizes = ((run,) * (length // period) + ((rest,) if rest else ())) * rows
     image = image.repeat(rows, 1)
     if share is None:
         image[rows // 2, length // 2] = True
+        sizes = (1,)
     ids[image] = vocab_size
     count = int(image.sum())
-    sizes = (run,) * (count // run) + ((count % run,) if count % run else ())
     fraction = count / ids.numel()
     return Batch(
         name,

@@ -6,7 +6,7 @@ import torch
 import vlm_fuse
 from benchmarks import batches, bench_overhead, operations
 from benchmarks.memory import resident_bytes
-from benchmarks.presets import Load
+from benchmarks.presets import IMAGE_SHARES, Load
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SHARES = {"half": 0.5, "one": None, "none": 0.0, "all": 1.0}
@@ -74,3 +74,12 @@ def test_merge_takes_no_memory_of_the_size_of_the_rows():
     if not vlm_fuse.backends()["cpu"].available:
         pytest.skip("the reference does")
     assert grown <= made.out_bytes + 64 * made.tokens + (4 << 20)
+
+
+@pytest.mark.parametrize("share", IMAGE_SHARES)
+def test_batches_of_every_share_are_whole(share):
+    """The images that a batch lists begin and end within its samples, also where the last run of a row is cut short."""
+    batch = batches.runs("S", 4, 300, 2, torch.float32, share=share)
+    plan = vlm_fuse.plan(batch.input_ids, image_token_id=batch.image_token_id, image_sizes=list(batch.image_sizes) or None)
+    assert sum(batch.image_sizes) == len(batch.features) == int((plan.image_ids >= 0).sum())
+    assert int(plan.image_ids.max()) == len(batch.image_sizes) - 1
