@@ -96,12 +96,7 @@ def measure(case: str, pages: str, rounds: int) -> dict:
     return {
         "group": f"apart {case}",
         "pages": pages,
-        "operation": operation.name,
-        "batch": batch.name,
-        "tokens": batch.tokens,
-        "shares": batch.shares,
-        "base": operation.base,
-        "base_bytes": operation.base_bytes,
+        **operations.described(operation, batch),
         "times": times,
         "faults": faults,
     }

@@ -142,14 +142,7 @@ def groups(quick: bool, device: str) -> list[Group]:
 
 def measure(operation: operations.Operation, batch: batches.Batch, arguments: argparse.Namespace) -> dict[str, Any]:
     """One operation on one batch, checked, timed, its transient memory taken."""
-    result: dict[str, Any] = {
-        "operation": operation.name,
-        "batch": batch.name,
-        "tokens": batch.tokens,
-        "shares": batch.shares,
-        "base": operation.base,
-        "base_bytes": operation.base_bytes,
-    }
+    result = operations.described(operation, batch)
     try:
         operations.verify(operation)
     except operations.WrongResult as error:

@@ -35,6 +35,18 @@ class Operation(NamedTuple):
     loose: tuple[str, ...] = ()  # contestants that sum in another order or precision: compared to a part in a hundred
 
 
+def described(operation: Operation, batch: Batch) -> dict[str, Any]:
+    """What a result says of the operation and the batch it was measured on."""
+    return {
+        "operation": operation.name,
+        "batch": batch.name,
+        "tokens": batch.tokens,
+        "shares": batch.shares,
+        "base": operation.base,
+        "base_bytes": operation.base_bytes,
+    }
+
+
 class WrongResult(Exception):
     """A contestant does not compute what the others do: nothing of its operation is reported."""
 

@@ -1,5 +1,6 @@
 """Memory of what the C++ kernels make: reused, given back, owned as long as needed, never read before it is written."""
 
+import mmap
 import os
 import pickle
 import subprocess
@@ -15,7 +16,19 @@ from vlm_fuse import backend
 
 native = backend.native("cpu")
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ kernels are not compiled")
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="blocks are kept on Linux")
+
+
+def _system_keeps() -> bool:
+    """Linux, and a kernel that knows MADV_FREE: else blocks are given back at once."""
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+            page.madvise(mmap.MADV_FREE)
+        return sys.platform.startswith("linux")
+    except (AttributeError, OSError):
+        return False
+
+
+linux = pytest.mark.skipif(not _system_keeps(), reason="no MADV_FREE: blocks are not kept")
 
 IMAGE = 7
 MIB = 1 << 20

@@ -94,11 +94,6 @@ def mode_of(validate: str, tensor: Tensor) -> str:
     return validate
 
 
-def status_of(validate: str, tensor: Tensor):
-    """What a backend gets as `status` for a mode that is not "auto"."""
-    return RAISE if validate == "sync" else status.for_mode(validate, tensor.device)
-
-
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +117,7 @@ def _plan(kernels: ModuleType, batch: Batch, width: int | None, validate: str, b
     if width is None:
         width = needed_width(batch, backend)
     try:
-        return kernels.plan(batch, width, status_of(validate, batch.tokens))
+        return kernels.plan(batch, width, status.for_mode(validate, batch.tokens.device))
     except RecordedError as error:
         raise checks.explain(error.record, batch) from None
 
@@ -231,7 +226,7 @@ def _(*args):
 def _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair: bool, validate: str, backend: str):
     try:
         return _kernels(backend, document_ids).intervals(
-            document_ids, image_ids, tuple(attend), prefix_lengths, parent_ids, pair, status_of(validate, document_ids)
+            document_ids, image_ids, tuple(attend), prefix_lengths, parent_ids, pair, status.for_mode(validate, document_ids.device)
         )
     except RecordedError as error:
         raise checks.explain(error.record) from None
@@ -280,6 +275,7 @@ def merge_rows(kernels: ModuleType, text, weight, tokens, scale, features, start
     makes = kernels.MAKES_TENSORS
     out = dtype if makes else table.new_empty((*source_index.shape, table.shape[-1]), dtype=dtype)
     try:
+        # without asking for the device: 0.2 us
         status_ = RAISE if validate == "sync" else status.for_mode(validate, source_index.device)
         made = kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, False, status_)
     except RecordedError as error:
@@ -289,7 +285,7 @@ def merge_rows(kernels: ModuleType, text, weight, tokens, scale, features, start
 
 def merge_rows_in_place(kernels: ModuleType, out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate) -> Tensor:
     """The row op written into `out`; where that is the text itself only the feature rows are written."""
-    status_ = RAISE if validate == "sync" else status.for_mode(validate, source_index.device)
+    status_ = status.for_mode(validate, source_index.device)
     try:
         kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, out is text, status_)
     except RecordedError as error:

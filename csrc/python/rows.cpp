@@ -66,9 +66,10 @@ py::object gradient(PyObject* wanted, int64_t dim, const char* name, Gradient* o
 PyObject* py_rows(PyObject* const* args) {
   Merge merge;
   const bool from_weight = args[2] != Py_None;
-  const dlpack::Tensor table = tensor(args[from_weight ? 2 : 1], from_weight ? "weight" : "text");
-  merge.dim = last_size(table, "text");
-  merge.text = row_table(table, merge.dim, from_weight ? "weight" : "text");
+  const char* const name = from_weight ? "weight" : "text";
+  const dlpack::Tensor table = tensor(args[from_weight ? 2 : 1], name);
+  merge.dim = last_size(table, name);
+  merge.text = row_table(table, merge.dim, name);
   const dlpack::Tensor index = tensor(args[7], "source_index");
   py::object made = py::reinterpret_borrow<py::object>(args[0]);
   if (is_dtype(args[0])) {
