@@ -6,9 +6,10 @@ from .backend import backends
 from .masks import IntervalMask
 from .merging import MergedBatch, merge
 from .planning import plan
+from .scaled_dot_product import attention
 from .status import raise_errors
 from .token_plan import TokenPlan
 
 __version__ = "0.1.0"
 
-__all__ = ["Attend", "IntervalMask", "MergedBatch", "TokenPlan", "add_features", "backends", "merge", "plan", "raise_errors"]
+__all__ = ["Attend", "IntervalMask", "MergedBatch", "TokenPlan", "add_features", "attention", "backends", "merge", "plan", "raise_errors"]

@@ -52,6 +52,9 @@ RECORD_FIELDS = ("code", "sample", "kind", "placeholders", "rows", "total_placeh
 
 TOO_FEW_ROWS, TOO_MANY_ROWS, COUNTS_DIFFER, IMAGE_CUT, DOCUMENT_RETURNS, TOO_LONG, OUTSIDE_VOCABULARY, TOO_MANY_INTERVALS = range(1, 9)
 
+#: what the rows of a segment of a mask see of its keys, as `segments` says.
+EMPTY_SEGMENT, CAUSAL_SEGMENT, FULL_SEGMENT, WINDOWED_SEGMENT, WINDOWED_FULL_SEGMENT, OTHER_SEGMENT = range(6)
+
 
 class _Raise:
     def __repr__(self) -> str:

@@ -200,15 +200,72 @@ def _extent(value: Tensor) -> tuple[int, int]:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def interval_pair(kv_lo, kv_hi, kv_lo2, kv_hi2) -> None:
+def interval_pair(kv_lo, kv_hi, kv_length, kv_lo2, kv_hi2) -> None:
+    """Intervals of one shape and device; where they can be read on the host, in order, apart and inside the keys."""
     if (kv_lo2 is None) != (kv_hi2 is None):
         raise TypeError("kv_lo2, kv_hi2: give both or neither")
-    for name, value in (("kv_lo", kv_lo), ("kv_hi", kv_hi), ("kv_lo2", kv_lo2), ("kv_hi2", kv_hi2)):
-        if value is not None or name in ("kv_lo", "kv_hi"):
-            dtype_of(name, value, (torch.int32,))
-            if value.dim() != 2:
-                raise ValueError(f"{name}: expected (B, Q), got {tuple(value.shape)}")
-            same_shape(name, value, kv_lo.shape, "kv_lo")
+    given = {"kv_lo": kv_lo, "kv_hi": kv_hi} | ({} if kv_lo2 is None else {"kv_lo2": kv_lo2, "kv_hi2": kv_hi2})
+    for name, value in given.items():
+        dtype_of(name, value, (torch.int32,))
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected (B, Q), got {tuple(value.shape)}")
+        same_shape(name, value, kv_lo.shape, "kv_lo")
+        same_device(name, value, kv_lo.device, "kv_lo")
+    if not isinstance(kv_length, (int, torch.SymInt)) or isinstance(kv_length, bool) or not 0 <= kv_length < 2**31:
+        raise ValueError(f"kv_length: expected a number of keys from 0 to {2**31 - 1}, got {kv_length!r}")
+    if not on_host(kv_lo):
+        return
+    empty = (kv_lo == 0) & (kv_hi == 0)
+    right = empty | ((kv_lo >= 0) & (kv_lo < kv_hi) & (kv_hi <= kv_length))
+    if kv_lo2 is not None:
+        right &= ((kv_lo2 == 0) & (kv_hi2 == 0)) | (~empty & (kv_hi < kv_lo2) & (kv_lo2 < kv_hi2) & (kv_hi2 <= kv_length))
+    if bool(right.all()):
+        return
+    sample, row = (~right).nonzero()[0].tolist()
+    told = ", ".join(f"{name} {int(value[sample, row])}" for name, value in given.items())
+    raise ValueError(
+        f"IntervalMask: row {row} of sample {sample} has {told} of {kv_length} keys. Expected 0 <= kv_lo < kv_hi < kv_lo2 < kv_hi2 <= kv_length, with (0, 0) for an interval "
+        "that is not there; join intervals that touch, and put the only one of a row first"
+    )
+
+
+def inside(name: str, start, stop, size: int, of: str) -> None:
+    """A range of a mask's rows or keys."""
+    for value in (start, stop):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name}: expected ints, got {value!r}")
+    if not 0 <= start <= stop <= size:
+        raise ValueError(f"{name}: {start} to {stop} is not a range of the {size} {of} of the mask")
+
+
+def block_size(value) -> tuple[int, int]:
+    """(rows, keys) of a block."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**31 for size in pair):
+        raise ValueError(f"BLOCK_SIZE: expected a whole number of at least 1, or two of them (rows, keys), got {value!r}")
+    return pair
+
+
+def from_cu_seqlens(cu_seqlens, attend, length) -> int:
+    """The number of rows that the offsets are for."""
+    dtype_of("cu_seqlens", cu_seqlens, ID_DTYPES)
+    if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
+        raise ValueError(f"cu_seqlens: expected (documents + 1,), got {tuple(cu_seqlens.shape)}")
+    if attend.images != "causal":
+        raise ValueError(f"attend: Attend(images={attend.images!r}) needs image ids; use from_document_ids(..., image_ids=...)")
+    if on_host(cu_seqlens):
+        offsets = cu_seqlens.tolist()
+        falls = next((i for i in range(1, len(offsets)) if offsets[i] < offsets[i - 1]), None)
+        if offsets[0] != 0 or falls is not None:
+            wrong = f"begins at {offsets[0]}" if falls is None else f"falls from {offsets[falls - 1]} to {offsets[falls]} at document {falls - 1}"
+            raise ValueError(f"cu_seqlens: {wrong}; offsets begin at 0 and never fall")
+        if length is not None and length < offsets[-1]:
+            raise ValueError(f"length: {length} rows, but the documents of cu_seqlens end at {offsets[-1]}; raise length")
+    if length is None:
+        return int(cu_seqlens[-1])
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
+        raise ValueError(f"length: expected a number of rows, got {length!r}")
+    return length
 
 
 def from_document_ids(document_ids, attend, image_ids) -> None:
@@ -221,6 +278,30 @@ def from_document_ids(document_ids, attend, image_ids) -> None:
         same_device("image_ids", image_ids, document_ids.device, "document_ids")
     elif attend.images != "causal":
         raise ValueError(f"image_ids: needed by Attend(images={attend.images!r}), -1 where there is no image")
+
+
+def attention(q, k, v, mask) -> None:
+    """(B, H, Q, D), (B, H_kv, K, D) and (B, H_kv, K, D_v) under a mask of Q rows and K keys."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        tensor(name, value)
+        if value.dim() != 4:
+            raise ValueError(f"{name}: expected (B, heads, rows, D), got {tuple(value.shape)}")
+        same_device(name, value, mask.kv_lo.device, "the mask")
+        if value.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {names([q.dtype])}, got {names([value.dtype])}")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"q: expected a floating dtype, got {names([q.dtype])}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v: expected the batch, heads and keys of k, {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"k: expected the batch and D of q, {q.shape[0]} and {q.shape[3]}, got {k.shape[0]} and {k.shape[3]}")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: {q.shape[1]} heads of q cannot be shared out among {k.shape[1]} heads of keys; give a divisor")
+    samples, rows = mask.kv_lo.shape
+    if samples not in (1, q.shape[0]) or rows != q.shape[2] or mask.kv_length != k.shape[2]:
+        raise ValueError(
+            f"mask: has {samples} samples of {rows} rows and {mask.kv_length} keys, but q has {q.shape[0]} of {q.shape[2]} rows and k {k.shape[2]} keys; slice or rebuild it"
+        )
 
 
 # --- what backends found ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from .attending import CAUSAL, Attend
 from .autograd import RowCall, merge_rows, row_call
 from .backend import name_from, native
 from .batch import RAISE, Batch, RecordedError
-from .masks import IntervalMask
+from .masks import IntervalMask, hf
 from .token_plan import TokenPlan
 
 _CPU = torch.device("cpu")
@@ -46,6 +46,35 @@ class MergedBatch:
         if isinstance(attend, Mapping):
             return {layer_type: self.plan.mask(value) for layer_type, value in attend.items()}
         return self.plan.mask(attend)
+
+    def model_kwargs(self, attn_implementation: str) -> dict:
+        """What a Hugging Face model is called with beside ``inputs_embeds`` and ``labels``, so that it isolates the documents.
+
+        Args:
+            attn_implementation: the model's: "sdpa", "eager", "flex_attention", or one of flash attention.
+
+        Returns:
+            dict: of `IntervalMask.hf`; where ``plan.attend`` is a dict of layer types, attention_mask is one too. Besides
+            position_ids ``(G, W)``, mm_token_type_ids int64 ``(G, W)`` where there are placeholders (the kind, 0 = text),
+            and, where rows hold several documents (layout "packed", or document_ids given), seq_idx int32 ``(G, W)`` for
+            linear-attention and convolution layers, in one row also cu_seq_lens_q for those that go by it.
+
+        Raises:
+            ValueError: an unknown implementation; flash attention for a mask that it cannot express.
+
+        position_ids count tokens; a model with M-RoPE needs its own, of three or four rows, in their place. Of the families
+        that transformers 5.23 has, qwen2_vl, qwen2_5_vl, qwen3_vl and glm4v refuse flex_attention.
+
+        Example:
+            >>> import torch, vlm_fuse
+            >>> ids, kept = torch.tensor([[1, 2, 3], [0, 0, 4]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+            >>> out = vlm_fuse.merge(ids, torch.zeros(2, 3, 8), attention_mask=kept, layout="packed")
+            >>> sorted(out.model_kwargs("sdpa"))
+            ['attention_mask', 'cu_seq_lens_q', 'position_ids', 'seq_idx']
+
+        Source: huggingface/transformers, ``masking_utils.py`` and ``modeling_flash_attention_utils.py``.
+        """
+        return hf.model_kwargs(self.plan, self.mask, attn_implementation, self.inputs_embeds.dtype)
 
     def unpack(self, rows: Tensor) -> Tensor:
         """Rows of the output's layout, each back at its token's place; zero elsewhere. Differentiable.

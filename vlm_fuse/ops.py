@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import checks, status
-from .attending import Attend
-from .backend import choose, name_from
+from .backend import choose
 from .batch import LAYOUTS, RAISE, ROW_DTYPES, Batch, RecordedError
 from .modes import dispatch_modes, function_modes, peek_functorch
 
@@ -28,10 +27,6 @@ _BATCH = (
 )
 library.define(f"plan({_BATCH}, SymInt? width, str validate, str backend) -> Tensor")
 library.define(f"facts({_BATCH}, SymInt width, str names, SymInt? documents, str backend) -> Tensor[]")
-library.define(
-    "intervals(Tensor document_ids, Tensor? image_ids, int[] attend, Tensor? prefix_lengths, Tensor? parent_ids, bool pair, "
-    "str validate, str backend) -> Tensor[]"
-)
 library.define(
     "merge_rows(Tensor? text, Tensor? weight, Tensor? tokens, float? scale, Tensor[] features, SymInt[] starts, "
     "Tensor source_index, Tensor? text_index, bool add, ScalarType dtype, str validate, str backend) -> Tensor"
@@ -83,7 +78,7 @@ def unwrapped(tensor: Tensor | None) -> Tensor | None:
     return tensor
 
 
-def _kernels(backend: str, tensor: Tensor) -> ModuleType:
+def kernels_for(backend: str, tensor: Tensor) -> ModuleType:
     return choose(backend, "cpu" if tensor.is_cpu else tensor.device.type)
 
 
@@ -99,7 +94,7 @@ def mode_of(validate: str, tensor: Tensor) -> str:
 
 def count(batch: Batch, backend: str) -> tuple[int, int, int, tuple[int, ...]]:
     """Kept rows of the longest sample, of all, documents, placeholders by kind. Read back from a GPU, errors with it."""
-    found = _kernels(backend, batch.tokens).count(batch)
+    found = kernels_for(backend, batch.tokens).count(batch)
     if not batch.tokens.is_cpu:
         status.raise_errors(batch.tokens.device)
     return found
@@ -128,14 +123,14 @@ def plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor
     if kernels is None:
         if functorch_active():
             with outside_functorch():
-                return _plan(_kernels(backend, batch.tokens), batch, width, validate, backend)
+                return _plan(kernels_for(backend, batch.tokens), batch, width, validate, backend)
         return torch.ops.vlm_fuse.plan(*batch, width, validate, backend)
     return _plan(kernels, batch, width, validate, backend)
 
 
 def _plan_op(*args):
     batch, backend = _batch(args[:11]), args[13]
-    return _plan(_kernels(backend, batch.tokens), batch, *args[11:])
+    return _plan(kernels_for(backend, batch.tokens), batch, *args[11:])
 
 
 library.impl("plan", _plan_op, "CompositeExplicitAutograd")
@@ -191,14 +186,14 @@ def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | Non
     if kernels is None:
         if functorch_active():
             with outside_functorch():
-                return _facts(_kernels(backend, batch.tokens), batch, width, names, documents, backend)
+                return _facts(kernels_for(backend, batch.tokens), batch, width, names, documents, backend)
         return tuple(torch.ops.vlm_fuse.facts(*batch, width, ",".join(names), documents, backend))
     return _facts(kernels, batch, width, names, documents, backend)
 
 
 def _facts_op(*args):
     batch, (width, names, documents, backend) = _batch(args[:11]), args[11:]
-    return list(_facts(_kernels(backend, batch.tokens), batch, width, tuple(names.split(",")), documents, backend))
+    return list(_facts(kernels_for(backend, batch.tokens), batch, width, tuple(names.split(",")), documents, backend))
 
 
 library.impl("facts", _facts_op, "CompositeExplicitAutograd")
@@ -218,52 +213,6 @@ def _(*args):
                 shape = (_unknown_size(1) if documents is None else documents + 1,)
         made.append(batch.tokens.new_empty(shape, dtype=dtype))
     return made
-
-
-# --- masks ------------------------------------------------------------------------------------------------------------
-
-
-def _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair: bool, validate: str, backend: str):
-    try:
-        return _kernels(backend, document_ids).intervals(
-            document_ids, image_ids, tuple(attend), prefix_lengths, parent_ids, pair, status.for_mode(validate, document_ids.device)
-        )
-    except RecordedError as error:
-        raise checks.explain(error.record) from None
-
-
-def intervals(document_ids, image_ids, attend: Attend, prefix_lengths=None, parent_ids=None, *, pair: bool, validate="auto", backend="auto"):
-    """``(kv_lo, kv_hi, kv_lo2, kv_hi2)`` int32 (G, W); the second pair None without `pair` or where no row needs it."""
-    document_ids = document_ids.int().contiguous()
-    image_ids = image_ids.int().contiguous() if image_ids is not None and attend.images != "causal" else None
-    prefix_lengths, parent_ids = (_ints(value, document_ids.device) for value in (prefix_lengths, parent_ids))
-    args = (document_ids, image_ids, attend.codes, prefix_lengths, parent_ids, pair, mode_of(validate, document_ids), name_from(backend))
-    if functorch_active():
-        with outside_functorch():
-            return _intervals(*args)
-    if direct(args[-1], document_ids) is None:
-        made = torch.ops.vlm_fuse.intervals(*args)
-        return (*made, None, None) if len(made) == 2 else tuple(made)
-    return _intervals(*args)
-
-
-def _ints(value, device: torch.device) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value, dtype=torch.int64, device=device)
-
-
-def _intervals_op(*args):
-    made, pair = _intervals(*args), args[5]
-    if not pair:
-        return list(made[:2])
-    return [part if part is not None else torch.zeros_like(made[0]) for part in made]
-
-
-library.impl("intervals", _intervals_op, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("vlm_fuse::intervals", lib=library)
-def _(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair, validate, backend):
-    return [torch.empty_like(document_ids) for _ in range(4 if pair else 2)]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -297,7 +246,7 @@ def merge_rows_in_place(kernels: ModuleType, out, text, weight, tokens, scale, f
 
 def _merge_rows_op(*args):
     *args, backend = args
-    return merge_rows(_kernels(backend, args[6]), *args)
+    return merge_rows(kernels_for(backend, args[6]), *args)
 
 
 library.impl("merge_rows", _merge_rows_op, "CompositeExplicitAutograd")
@@ -342,7 +291,7 @@ def _merge_rows_backward_op(
 ):  # fmt: skip
     likes = feature_likes(feature_sizes, feature_dims, feature_dtypes)
     made = merge_rows_backward(
-        _kernels(backend, grad), grad, source_index, text_index, tokens, scale, starts, add, (tuple(text_size), text_dtype) if needs_text else None,
+        kernels_for(backend, grad), grad, source_index, text_index, tokens, scale, starts, add, (tuple(text_size), text_dtype) if needs_text else None,
         is_weight, [like if needed else None for like, needed in zip(likes, needs_features)],
     )  # fmt: skip
     return [gradient for gradient in made if gradient is not None]

@@ -28,6 +28,10 @@ from .batch import (
     report,
 )
 from .reference_masks import intervals as intervals  # the backend's functions are found in one module
+from .reference_renderings import bits as bits
+from .reference_renderings import block_map as block_map
+from .reference_renderings import dense as dense
+from .reference_renderings import segments as segments
 
 #: outputs and gradients are made by the caller.
 MAKES_TENSORS = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import ops
+from . import mask_ops, ops
 from .attending import Attend
 from .batch import KIND_FIELDS, LAYOUTS, PAD, SCHEMES, Batch
 from .masks import IntervalMask
@@ -153,6 +153,11 @@ class TokenPlan:
         return self._batch.kinds[::KIND_FIELDS]
 
     @property
+    def has_document_ids(self) -> bool:
+        """Whether the rows came with ids of documents, so that one may hold several."""
+        return self._batch.document_ids is not None
+
+    @property
     def device(self) -> torch.device:
         return self.source_index.device
 
@@ -241,8 +246,8 @@ class TokenPlan:
             pair = self._may_have_holes or bool(attend.sinks) or prefix_lengths is not None or parent_ids is not None
             pair = pair or (needs_images and attend.window is not None) or (needs_images and attend.chunk_size is not None)
             image_ids = self.image_ids if needs_images else None
-            parts = ops.intervals(self.document_ids, image_ids, attend, prefix_lengths, parent_ids, pair=pair, validate=validate, backend=backend)
-            found = self._masks[attend] = IntervalMask(parts[0], parts[1], self.source_index.shape[1], *parts[2:])
+            parts = mask_ops.intervals(self.document_ids, image_ids, attend, prefix_lengths, parent_ids, pair=pair, validate=validate, backend=backend)
+            found = self._masks[attend] = IntervalMask._of(parts, self.source_index.shape[1])
         return found
 
     def _own_attend(self, asked: str) -> Attend:
@@ -283,6 +288,7 @@ class TokenPlan:
         """
         device = torch.device(device)
         plan = self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        plan._masks = {attend: mask.to(device, non_blocking) for attend, mask in self._masks.items()}
         plan._target = None if device == self._batch.tokens.device else device
         return plan
 

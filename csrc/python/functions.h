@@ -15,6 +15,10 @@ PyObject* py_rows(PyObject* const* args);
 PyObject* py_gradients(PyObject* const* args);
 PyObject* py_rows_backward(PyObject* const* args);
 PyObject* py_intervals(PyObject* const* args);
+PyObject* py_dense(PyObject* const* args);
+PyObject* py_bits(PyObject* const* args);
+PyObject* py_block_map(PyObject* const* args);
+PyObject* py_segments(PyObject* const* args);
 PyObject* py_memory(PyObject* const* args);
 PyObject* py_reset_peak(PyObject* const* args);
 

@@ -77,6 +77,10 @@ PyMethodDef methods[] = {
     method<py_memory, 0>("memory", "memory()"),
     method<py_reset_peak, 0>("reset_peak", "reset_peak()"),
     method<py_intervals, 10>("intervals", "intervals(document_ids, image_ids, attend, ...)"),
+    method<py_dense, 6>("dense", "dense(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, dtype)"),
+    method<py_bits, 5>("bits", "bits(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length)"),
+    method<py_block_map, 7>("block_map", "block_map(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, q_block, kv_block)"),
+    method<py_segments, 5>("segments", "segments(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length)"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,7 +7,7 @@
 
 namespace vlm_fuse {
 
-constexpr int32_t kMostDims = 3;
+constexpr int32_t kMostDims = 4;
 
 struct NewTensor {
   uint8_t code;  // of DLPack

@@ -98,6 +98,9 @@ if _native is not None:
     #: gradients(as rows_backward) -> the same, or None where `grad` is not an ordinary tensor or a mode is active
     gradients = _native.gradients
 
+    #: of a mask's kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, as reference_renderings.py defines them
+    bits, block_map, segments = _native.bits, _native.block_map, _native.segments
+
     #: memory() -> (bytes of tensors made here that are alive, the most since reset_peak(), bytes kept for the next call)
     memory, reset_peak = _native.memory, _native.reset_peak
 
@@ -135,3 +138,8 @@ def intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair,
     lo2, hi2 = (document_ids.new_empty(shape), document_ids.new_empty(shape)) if pair else (None, None)
     second = _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, lo, hi, lo2, hi2, status)
     return (lo, hi, lo2, hi2) if second and pair else (lo, hi, None, None)
+
+
+def dense(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length: int, dtype: torch.dtype) -> Tensor:
+    """``(B, 1, Q, kv_length)`` bool, or 0 and the lowest number of a floating dtype."""
+    return _native.dense(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, None if dtype is torch.bool else dtype)

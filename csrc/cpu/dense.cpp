@@ -1,0 +1,78 @@
+#include "dense.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "threads.h"
+
+namespace vlm_fuse {
+namespace {
+
+// The eight bytes of `pattern` over and over: whole elements, so that each begins with the pattern's first byte.
+// Through the caches: streaming stores took up to twice as long here, at all sizes.
+void fill_bytes(char* to, int64_t bytes, uint64_t pattern) {
+  const uint8_t first = static_cast<uint8_t>(pattern);
+  if (pattern == first * 0x0101010101010101u) {
+    std::memset(to, first, static_cast<size_t>(bytes));
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 8 <= bytes; i += 8) std::memcpy(to + i, &pattern, 8);
+  std::memcpy(to + i, &pattern, static_cast<size_t>(bytes - i));
+}
+
+// Sets the bits begin .. end - 1 of bytes that are zero, or shared with others who set theirs before.
+void set_bits(uint8_t* bytes, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const int64_t first = begin / 8, last = (end - 1) / 8;
+  const uint8_t from = static_cast<uint8_t>(0xff << (begin % 8));
+  const uint8_t upto = static_cast<uint8_t>(0xff >> (7 - (end - 1) % 8));
+  if (first == last) {
+    bytes[first] |= from & upto;
+    return;
+  }
+  bytes[first] |= from;
+  std::memset(bytes + first + 1, 0xff, static_cast<size_t>(last - first - 1));
+  bytes[last] |= upto;
+}
+
+}  // namespace
+
+void dense(const MaskIntervals& mask, const DenseElement& element, char* out) {
+  const int64_t row_bytes = mask.keys * element.size, count = mask.samples * mask.rows;
+  parallel_parts(count, row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      char* to = out + row * row_bytes;
+      Interval keys[2];
+      const int found = mask.at(row, keys);
+      int64_t at = 0;
+      for (int i = 0; i < found; ++i) {
+        fill_bytes(to + at * element.size, (keys[i].begin - at) * element.size, element.unseen);
+        fill_bytes(to + keys[i].begin * element.size, int64_t{keys[i].end - keys[i].begin} * element.size, element.seen);
+        at = keys[i].end;
+      }
+      fill_bytes(to + at * element.size, (mask.keys - at) * element.size, element.unseen);
+    }
+  });
+}
+
+void bits(const MaskIntervals& mask, uint8_t* out) {
+  const int64_t sample_bytes = (mask.rows * mask.keys + 7) / 8;
+  // eight rows begin and end at a byte: no two threads share one
+  const int64_t groups = (mask.rows + 7) / 8;
+  parallel_parts(mask.samples * groups, mask.keys, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t sample = group / groups, first = group % groups * 8, last = std::min(first + 8, mask.rows);
+      uint8_t* to = out + sample * sample_bytes;
+      const int64_t from = first * mask.keys / 8, upto = (last * mask.keys + 7) / 8;
+      std::memset(to + from, 0, static_cast<size_t>(upto - from));
+      for (int64_t row = first; row < last; ++row) {
+        Interval keys[2];
+        const int found = mask.at(sample * mask.rows + row, keys);
+        for (int i = 0; i < found; ++i) set_bits(to, row * mask.keys + keys[i].begin, row * mask.keys + keys[i].end);
+      }
+    }
+  });
+}
+
+}  // namespace vlm_fuse
