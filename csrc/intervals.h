@@ -81,10 +81,10 @@ VLM_FUSE_HD IntervalUnion visible(const Attend& attend, const QueryRow& query) {
   const Interval document = query.document;
   const bool in_image = query.image.begin < query.image.end;
   Interval base = {window_begin(attend, query), row + 1};
+  if (attend.full) base.end = attend.window == 0 ? document.end : smaller(document.end, add_capped(row, attend.window));
   if (attend.chunk_size != 0) {
     base.begin = larger(base.begin, row - (row - document.begin) % attend.chunk_size);
-  } else if (attend.full) {
-    base.end = attend.window == 0 ? document.end : smaller(document.end, add_capped(row, attend.window));
+    base.end = smaller(base.end, add_capped(base.begin, attend.chunk_size));
   }
   if (in_image && attend.images == ImageAttention::kBidirectionalWindowed) base.end = larger(base.end, query.image.end);
   IntervalUnion keys;

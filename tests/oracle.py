@@ -391,11 +391,10 @@ def may_see(
         inside = window is None or (q - k < window if kind == "causal" else abs(q - k) < window)
         allowed = inside and (kind == "full" or causal)
         if chunk_size is not None:
-            allowed = causal and (q - s) // chunk_size == (k - s) // chunk_size
-        if images == "bidirectional":
-            allowed = allowed or same_image(q, k)
-        elif images == "bidirectional_windowed":
-            allowed = (window is None or q - k < window) and (causal or same_image(q, k))
+            allowed = allowed and (q - s) // chunk_size == (k - s) // chunk_size
+        if images != "causal" and same_image(q, k):
+            # windowed: an image is cut at the window's begin, not at a chunk's
+            allowed = allowed or images == "bidirectional" or window is None or q - k < window
         if k - s < sinks and causal:
             allowed = True
         if prefix_lengths is not None:

@@ -31,6 +31,9 @@ ATTENDS = [
     Attend(chunk_size=1),
     Attend(chunk_size=3, images="bidirectional"),
     Attend(window=2, sinks=2, images="bidirectional"),
+    Attend("full", chunk_size=3),
+    Attend("full", window=2, images="bidirectional_windowed"),
+    Attend(chunk_size=3, images="bidirectional_windowed"),
 ]
 
 
@@ -190,11 +193,11 @@ def test_from_document_ids(backend, device):
 
 def test_any_attend(backend, device):
     attends = st.builds(
-        lambda kind, window, sinks, images: Attend(kind, window=window, sinks=sinks if window else 0, images=images),
+        lambda kind, reach, sinks, images: Attend(kind, **reach, sinks=sinks, images=images),
         st.sampled_from(("causal", "full")),
-        st.sampled_from((None, 1, 2, 4, 100)),
+        st.sampled_from(({}, *({name: size} for name in ("window", "chunk_size") for size in (1, 2, 4, 100, 2**40)))),
         st.integers(0, 5),
-        st.sampled_from(("causal", "bidirectional")),
+        st.sampled_from(("causal", "bidirectional", "bidirectional_windowed")),
     )
 
     @examples(backend, 1.5)
@@ -277,10 +280,20 @@ def test_mask_of_intervals_given():
     lo, hi = torch.tensor([[0, 0]], dtype=torch.int32), torch.tensor([[1, 2]], dtype=torch.int32)
     lo2, hi2 = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([[4, 0]], dtype=torch.int32)
     assert IntervalMask(lo, hi, 5, lo2, hi2).dense().int().tolist() == [[[[1, 0, 1, 1, 0], [1, 1, 0, 0, 0]]]]
-    assert IntervalMask(lo, hi, 0).dense().shape == (1, 1, 2, 0)
-    for wrong, error in (((lo.long(), hi, 4), TypeError), ((lo, hi[:, :1], 4), ValueError), ((lo, hi, 4, lo2), TypeError), ((lo[0], hi[0], 4), ValueError)):
+    assert IntervalMask(lo, torch.zeros_like(lo), 0).dense().shape == (1, 1, 2, 0)
+    for wrong, error in (((lo.long(), hi, 4), TypeError), ((lo, hi[:, :1], 4), ValueError), ((lo, hi, 4, lo2), TypeError), ((lo[0], hi[0], 4), ValueError), ((lo, hi, -1), ValueError), ((lo, hi, 2.0), ValueError)):
         with pytest.raises(error):
             IntervalMask(*wrong)
+
+
+@pytest.mark.parametrize(
+    "row", [(0, 6, 0, 0), (-1, 2, 0, 0), (3, 2, 0, 0), (3, 3, 0, 0), (0, 2, 2, 4), (0, 3, 2, 4), (3, 4, 0, 2), (0, 0, 2, 4), (0, 2, 4, 3), (0, 2, 3, 6)], ids=str
+)
+def test_intervals_out_of_order_are_refused_and_the_row_named(row):
+    parts = torch.zeros(4, 2, 3, dtype=torch.int32)
+    parts[:, 1, 2] = torch.tensor(row, dtype=torch.int32)
+    with pytest.raises(ValueError, match="row 2 of sample 1 .*of 5 keys"):
+        IntervalMask(*parts[:2], 5, *parts[2:])
 
 
 @pytest.mark.parametrize("wrong", [dict(kind="casual"), dict(window=0), dict(window=-1), dict(window=2.5), dict(window=True), dict(sinks=-1), dict(chunk_size=0), dict(window=2, chunk_size=2), dict(images="both")], ids=str)

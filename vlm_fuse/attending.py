@@ -21,10 +21,11 @@ class Attend:
         kind: "causal", or "full" (every row of the document; with a window: ``|q - k| < window``).
         window: a token sees itself and ``window - 1`` tokens before it (transformers' ``sliding_window``).
         sinks: with a window, also those of the first ``sinks`` tokens of the document that do not lie ahead.
-        chunk_size: causal within chunks counted from the start of the document (Llama 4); not with a window.
+        chunk_size: rows see those of their own chunk only, counted from the start of the document (Llama 4); not with a window.
         images: "causal": an image is read like text. "bidirectional": ``(window & causal) | same image``
             (Gemma 3 before transformers 5.2x; its global layers in every release). "bidirectional_windowed":
-            ``window & (causal | same image)``: a key ahead is always inside the window.
+            ``window & (causal | same image)``: a key ahead is always inside the window. With chunks both are
+            ``(chunk & causal) | same image``.
 
     Windows, chunks and sinks count output rows from the document's first row, padding inside included.
 
@@ -62,7 +63,8 @@ class Attend:
     @property
     def codes(self) -> tuple[int, int, int, int, int]:
         """(kind, window, sinks, chunk_size, images) as the kernels take them, 0 for none."""
-        return KINDS.index(self.kind), self.window or 0, self.sinks, self.chunk_size or 0, IMAGES.index(self.images)
+        images = "bidirectional" if self.chunk_size and self.images != "causal" else self.images
+        return KINDS.index(self.kind), self.window or 0, self.sinks, self.chunk_size or 0, IMAGES.index(images)
 
 
 #: the default, one object: a call that leaves `attend` out is known by identity.

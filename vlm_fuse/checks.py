@@ -282,6 +282,8 @@ def from_document_ids(document_ids, attend, image_ids) -> None:
 
 def attention(q, k, v, mask) -> None:
     """(B, H, Q, D), (B, H_kv, K, D) and (B, H_kv, K, D_v) under a mask of Q rows and K keys."""
+    if not hasattr(mask, "kv_length"):
+        raise TypeError(f"mask: expected an IntervalMask, got {type(mask).__name__}")
     for name, value in (("q", q), ("k", k), ("v", v)):
         tensor(name, value)
         if value.dim() != 4:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from . import checks, status
 from .attending import Attend
 from .backend import name_from
 from .batch import RecordedError
-from .ops import direct, functorch_active, kernels_for, library, mode_of, outside_functorch
+from .ops import direct, functorch_active, kernels_for, library, mode_of, outside_functorch, unwrapped
 
 library.define(
     "intervals(Tensor document_ids, Tensor? image_ids, int[] attend, Tensor? prefix_lengths, Tensor? parent_ids, bool pair, "
@@ -81,8 +83,9 @@ def _rendered(name: str, parts: Parts, *more):
     if kernels is not None:
         return getattr(kernels, name)(*parts, *more)
     if functorch_active():
+        tensors = [unwrapped(part) for part in parts[:4]]
         with outside_functorch():
-            return getattr(kernels_for(backend, parts[0]), name)(*parts, *more)
+            return getattr(kernels_for(backend, tensors[0]), name)(*tensors, parts[4], *more)
     return getattr(torch.ops.vlm_fuse, name)(*parts, *more, backend)
 
 
@@ -104,9 +107,10 @@ def block_map(parts: Parts, q_block: int, kv_block: int) -> tuple[Tensor, ...]:
 def segments(parts: Parts) -> list[tuple[int, ...]]:
     """(sample, first row, row after, first key, key after, class, window) of each segment; reads the mask on the host."""
     *tensors, kv_length = parts
-    tensors = [None if part is None else part.cpu() for part in tensors]
     backend = name_from("auto")
-    return kernels_for(backend if backend != "triton" else "auto", tensors[0]).segments(*tensors, kv_length).tolist()
+    with outside_functorch() if functorch_active() else nullcontext():
+        tensors = [None if part is None else unwrapped(part).cpu() for part in tensors]
+        return kernels_for(backend if backend != "triton" else "auto", tensors[0]).segments(*tensors, kv_length).tolist()
 
 
 def _op_of(name: str):

@@ -19,6 +19,7 @@ from . import checks
 from .batch import CAUSAL_SEGMENT, EMPTY_SEGMENT, FULL_SEGMENT, OTHER_SEGMENT
 from .masks import IntervalMask
 from .masks.varlen import Segment, rule_of
+from .modes import dispatch_modes
 
 #: rows that are computed at once where a segment needs a mask: memory grows with it, a block mask is written for each.
 _BLOCK_ROWS = 256
@@ -63,9 +64,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, scale: flo
     Source: FlexAttention (arXiv 2412.05496); FlashAttention-2 for variable lengths (arXiv 2307.08691).
     """
     checks.attention(q, k, v, mask)
+    if not is_compiling() and dispatch_modes() and _without_values(mask):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if q.is_cpu:
         return _by_segment(q, k, v, mask, scale)
     return _on_gpu(q, k, v, mask, scale)
+
+
+def _without_values(mask: IntervalMask) -> bool:
+    """Fake tensors, or a trace that would keep the values of this one mask."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return isinstance(mask.kv_lo, FakeTensor) or get_proxy_mode() is not None
 
 
 # --- by segment -------------------------------------------------------------------------------------------------------
@@ -104,17 +115,29 @@ def _by_sample(mask: IntervalMask) -> list[list[Segment]]:
     return found
 
 
-@functools.partial(torch.compiler.disable, reason="vlm_fuse.attention on a CPU reads the mask to cut it into segments; build the mask and call it outside of a full graph")
 def _by_segment(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
     samples = mask._kept.get("pieces")
     if samples is None:
         by_sample = _by_sample(mask)
-        alike = all([one[1:] for one in segments] == [one[1:] for one in by_sample[0]] for segments in by_sample[1:])
+        # segments say all of a mask, unless one is of another kind
+        alike = all(one.kind != OTHER_SEGMENT for segments in by_sample for one in segments) and all(
+            [one[1:] for one in segments] == [one[1:] for one in by_sample[0]] for segments in by_sample[1:]
+        )
         samples = mask._kept["pieces"] = [_pieces(segments) for segments in (by_sample[:1] if alike else by_sample)]
     if len(samples) == 1:
-        return _of_sample(q, k, v, mask, 0, samples[0], scale)
-    parts = zip(q.split(1), k.split(1), v.split(1))
-    return torch.cat([_of_sample(*part, mask, sample, pieces, scale) for sample, (part, pieces) in enumerate(zip(parts, samples))])
+        out = _of_sample(q, k, v, mask, 0, samples[0], scale)
+    else:
+        parts = zip(q.split(1), k.split(1), v.split(1))
+        made = [_of_sample(*part, mask, sample, pieces, scale) for sample, (part, pieces) in enumerate(zip(parts, samples))]
+        out = torch.cat(made) if made else _zeros(q, v)
+    if out.requires_grad or not torch.is_grad_enabled():
+        return out
+    return out + sum(x[:0].sum() for x in (q, k, v))  # nobody sees anything: the gradients are zeros, not missing
+
+
+# what torch.compiler.disable sets, which would load torch's compiler with this module: there is nothing here to trace
+_by_segment._torchdynamo_disable = True
+_by_segment._torchdynamo_disable_msg = "vlm_fuse.attention on a CPU reads the mask to cut it into segments"
 
 
 def _of_sample(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sample: int, pieces: list[_Piece], scale: float | None) -> Tensor:
@@ -182,10 +205,13 @@ def _blocks(mask: IntervalMask) -> list[_Block]:
     return made
 
 
-def _of_block(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, block: _Block, scale: float | None) -> Tensor:
-    """q has the block's rows, k and v the keys of its runs, one run behind the other."""
-    seen = [mask.slice(block.rows.start, block.rows.stop, run.start, run.stop).dense() for run in block.runs]
-    seen = seen[0] if len(seen) == 1 else torch.cat(seen, -1)
+def _seen(mask: IntervalMask, block: _Block) -> Tensor:
+    """(1, 1, rows of the block, keys of its runs, one run behind the other) bool."""
+    parts = [mask.slice(block.rows.start, block.rows.stop, run.start, run.stop).dense() for run in block.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _under(seen: Tensor, scale: float | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -202,7 +228,7 @@ class _Blocks(torch.autograd.Function):
         out = _zeros(q, v)
         for block in _blocks(mask):
             if block.runs:
-                out[:, :, block.rows] = _of_block(q[:, :, block.rows], _runs_of(k, block), _runs_of(v, block), mask, block, scale)
+                out[:, :, block.rows] = _under(_seen(mask, block), scale, q[:, :, block.rows], _runs_of(k, block), _runs_of(v, block))
         return out
 
     @staticmethod
@@ -219,11 +245,14 @@ class _Blocks(torch.autograd.Function):
         for block in _blocks(ctx.mask):
             if not block.runs:
                 continue
-            given = [q[:, :, block.rows], _runs_of(k, block), _runs_of(v, block)]
-            given = [t.detach().requires_grad_(needed) for t, needed in zip(given, wanted)]
-            with torch.enable_grad():
-                out = _of_block(*given, ctx.mask, block, ctx.scale)
-            found = iter(torch.autograd.grad(out, [t for t in given if t.requires_grad], grad[:, :, block.rows]))
+            given, seen = (q[:, :, block.rows], _runs_of(k, block), _runs_of(v, block)), _seen(ctx.mask, block)
+
+            def of_wanted(*some, given=given, seen=seen):
+                some = iter(some)
+                return _under(seen, ctx.scale, *[next(some) if needed else x for x, needed in zip(given, wanted)])
+
+            _, pull = torch.func.vjp(of_wanted, *[x for x, needed in zip(given, wanted) if needed])
+            found = iter(pull(grad[:, :, block.rows]))
             if grads[0] is not None:
                 grads[0][:, :, block.rows] = next(found)
             for total in grads[1:]:
