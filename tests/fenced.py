@@ -133,6 +133,13 @@ def run_rows(kernels, tensors, plan, source_index, side: str) -> torch.Tensor:
     return out
 
 
+def run_renderings(kernels, parts, keys: int) -> None:
+    kernels.dense(*parts, keys, torch.bool)
+    kernels.dense(*parts, keys, torch.bfloat16)
+    kernels.bits(*parts, keys)
+    kernels.block_map(*parts, keys, 4, 3)
+
+
 def main(backend: str) -> None:
     import faulthandler
 
@@ -177,6 +184,10 @@ def main(backend: str) -> None:
             for attend in (vlm_fuse.Attend(), vlm_fuse.Attend("full", window=2, images="bidirectional"), vlm_fuse.Attend(window=1, sinks=3)):
                 for ids, images in ((plan.document_ids, plan.image_ids), (hostile(plan.document_ids, generator), hostile(plan.image_ids, generator))):
                     kernels.intervals(fenced(ids, side), fenced(images, side), attend.codes, None, None, True, None)
+            print(case.name, side, "renderings", flush=True)
+            mask = plan.mask(vlm_fuse.Attend(window=2))
+            for parts in ((mask.kv_lo, mask.kv_hi, None, None), [hostile(part, generator) for part in (mask.kv_lo, mask.kv_hi, mask.kv_lo, mask.kv_hi)]):
+                run_renderings(kernels, [fenced(part, side) for part in parts], width)
     if backend == "cpu":
         # past the cache: stores that bypass it, rows spread over threads
         for side in ("end", "begin"):

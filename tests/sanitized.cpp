@@ -6,9 +6,12 @@
 #include <random>
 #include <vector>
 
+#include "cpu/block_map.h"
+#include "cpu/dense.h"
 #include "cpu/masks.h"
 #include "cpu/merge.h"
 #include "cpu/plan.h"
+#include "cpu/segments.h"
 #include "cpu/threads.h"
 
 using namespace vlm_fuse;
@@ -154,6 +157,45 @@ void run_mask(const std::vector<int32_t>& documents, const std::vector<int32_t>&
   }
 }
 
+// Renderings of any numbers whatever, in tensors that end where their last element does.
+void run_renderings(const std::vector<int32_t>& lo, const std::vector<int32_t>& hi, int64_t samples, int64_t rows) {
+  const int64_t count = samples * rows, keys = chance(5) ? any(1000, 1100) : any(0, 30);
+  const auto lo2 = many<int32_t>(count, -2, keys + 2), hi2 = many<int32_t>(count, chance(10) ? INT32_MIN : -2, chance(10) ? INT32_MAX : keys + 2);
+  MaskIntervals mask;
+  mask.samples = samples;
+  mask.rows = rows;
+  mask.keys = keys;
+  mask.lo = lo.data();
+  mask.hi = hi.data();
+  if (chance(60)) {
+    mask.lo2 = lo2.data();
+    mask.hi2 = hi2.data();
+  }
+  const int64_t size = int64_t{1} << any(0, 3);
+  std::vector<char> elements(static_cast<size_t>(count * keys * size));
+  elements.shrink_to_fit();
+  dense(mask, {size, 0x0101010101010101u, 0}, elements.data());
+  std::vector<uint8_t> packed(static_cast<size_t>(samples * ((rows * keys + 7) / 8)));
+  packed.shrink_to_fit();
+  bits(mask, packed.data());
+  const Blocks blocks = {chance(10) ? INT32_MAX : any(1, 9), chance(10) ? INT32_MAX : any(1, 9)};
+  const int64_t lines = block_count(rows, blocks.q_size), columns = block_count(keys, blocks.kv_size);
+  std::vector<int32_t> lists[8];
+  for (size_t i = 0; i < 8; i += 2) {
+    const int64_t outer = samples * (i < 4 ? lines : columns);
+    lists[i].assign(static_cast<size_t>(outer), -7);
+    lists[i + 1].assign(static_cast<size_t>(outer * (i < 4 ? columns : lines)), -7);
+  }
+  auto pair = [&](int i) { return BlockLists{lists[i].data(), lists[i + 1].data()}; };
+  block_map(mask, blocks, {pair(0), pair(2), pair(4), pair(6)});
+  for (const auto& list : lists) {
+    for (const int32_t number : list) must(0 <= number, "a block that nobody wrote");
+  }
+  int64_t covered = 0;
+  for (const Segment& segment : segments(mask)) covered += segment.row_end - segment.row_begin;
+  must(covered == count, "rows in no segment, or in two");
+}
+
 void run_batch() {
   const int64_t samples = any(0, 4), length = chance(5) ? any(1000, 1100) : any(0, 9), count = samples * length;
   Batch batch;
@@ -237,6 +279,7 @@ void run_batch() {
 
   run_rows(source, text_index, groups, width, many<int64_t>(count, -1, 12));
   if (chance(30)) run_rows(many<int32_t>(rows, INT32_MIN, INT32_MAX), many<int32_t>(rows, INT32_MIN, INT32_MAX), groups, width, many<int64_t>(count, -1, 12));
+  run_renderings(many<int32_t>(rows, -2, 30), many<int32_t>(rows, -2, chance(10) ? INT32_MAX : 32), groups, width);
   run_mask(chance(50) ? document_ids : many<int32_t>(rows, -1, 3), chance(50) ? image_ids : many<int32_t>(rows, -1, 2), groups, width);
 }
 

@@ -11,6 +11,7 @@ namespace {
 // The eight bytes of `pattern` over and over: whole elements, so that each begins with the pattern's first byte.
 // Through the caches: streaming stores took up to twice as long here, at all sizes.
 void fill_bytes(char* to, int64_t bytes, uint64_t pattern) {
+  if (bytes <= 0) return;
   const uint8_t first = static_cast<uint8_t>(pattern);
   if (pattern == first * 0x0101010101010101u) {
     std::memset(to, first, static_cast<size_t>(bytes));
@@ -65,7 +66,7 @@ void bits(const MaskIntervals& mask, uint8_t* out) {
       const int64_t sample = group / groups, first = group % groups * 8, last = std::min(first + 8, mask.rows);
       uint8_t* to = out + sample * sample_bytes;
       const int64_t from = first * mask.keys / 8, upto = (last * mask.keys + 7) / 8;
-      std::memset(to + from, 0, static_cast<size_t>(upto - from));
+      if (from < upto) std::memset(to + from, 0, static_cast<size_t>(upto - from));
       for (int64_t row = first; row < last; ++row) {
         Interval keys[2];
         const int found = mask.at(sample * mask.rows + row, keys);
