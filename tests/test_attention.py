@@ -113,6 +113,20 @@ def test_no_mask_of_rows_by_keys_is_made(attend):
     assert 0 < largest < T * T // 4
 
 
+@pytest.mark.parametrize("attend", [Attend(), Attend(window=5), Attend("full")], ids=str)
+def test_autocast_as_in_sdpa(attend):
+    mask = IntervalMask.from_cu_seqlens(torch.tensor([0, 40, 45]), attend, length=50)
+    q, k, v = rows(mask, 1, 2, 2, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = vlm_fuse.attention(q, k.bfloat16(), v, mask)
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense())
+    assert made.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(made, wanted, atol=3e-2, rtol=3e-2)
+    for one, other in zip(torch.autograd.grad(made.sum(), (q, k, v)), torch.autograd.grad(wanted.sum(), (q, k, v))):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, atol=5e-2, rtol=5e-2)
+
+
 def test_gradients_only_where_they_are_asked_for():
     mask = IntervalMask.from_cu_seqlens(torch.tensor([0, 40]), Attend(window=5))
     for asked in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):

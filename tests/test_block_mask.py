@@ -134,3 +134,27 @@ def test_operators_are_registered_rightly(mask):
     ops = torch.ops.vlm_fuse
     for op, more in ((ops.dense.default, (torch.bool,)), (ops.dense.default, (torch.float16,)), (ops.bits.default, ()), (ops.block_map.default, (4, 3))):
         torch.library.opcheck(op, (*mask._parts, *more, "auto"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_mods_are_known_as_intervals(name, dynamic, fresh_dynamo):
+    """FlexAttention's flash kernel packs a mask whose graph it recognises as intervals: 32 keys a word, not one by one."""
+    packing = pytest.importorskip("torch._inductor.kernel.flex.interval_mask_packing", reason="this torch does not pack intervals")
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    graphs = []
+
+    def keep_graphs(module, inputs):
+        graphs.extend(part for part in module.children() if isinstance(part, torch.fx.GraphModule))
+        return module.forward
+
+    mask = MASKS[name]()
+    q = torch.randn(2, 2, 390, 16)
+    with torch.no_grad():
+        torch.compile(flex_attention, backend=aot_autograd(fw_compiler=keep_graphs), dynamic=dynamic)(q, q, q, block_mask=mask.block_mask())
+    with V.set_graph_handler(GraphLowering(graphs[0])):
+        found = [packing.select_packed_mask_intervals(graph) for graph in graphs]
+    assert any(intervals is not None and len(intervals) == (1 if mask.kv_lo2 is None else 2) for intervals in found), f"{len(graphs)} graphs, none recognised"

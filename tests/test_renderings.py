@@ -1,11 +1,14 @@
 """dense, additive, bits and the block map on every backend, against the intervals element by element."""
 
+import pickle
+
 import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vlm_fuse
 from checking import assert_bits, examples, serving
 from mask_cases import any_masks, by_hand, document_masks, interval_masks
 from test_large import memory_gib
@@ -203,6 +206,20 @@ def test_from_cu_seqlens():
         IntervalMask.from_cu_seqlens(torch.tensor([0, 5]), Attend(images="bidirectional"))
     with pytest.raises(TypeError):
         IntervalMask.from_cu_seqlens(torch.tensor([0.0, 5.0]))
+
+
+def test_a_mask_made_in_a_data_loader_comes_along_with_its_plan():
+    """Pickled, moved and pinned, with what the host knows of its documents; without what cannot be pickled."""
+    plan = vlm_fuse.plan(torch.tensor([[1, 2, 0], [3, 0, 0]]), image_token_id=9, attention_mask=torch.tensor([[1, 1, 0], [1, 0, 0]]), layout="packed")
+    mask = plan.mask()
+    mask.varlen()
+    q = torch.randn(1, 1, 3, 8)
+    vlm_fuse.attention(q, q, q, mask)
+    mask._kept["block_mask"] = mask.block_mask()
+    for other in (pickle.loads(pickle.dumps(plan)), plan.to("cpu")):
+        found = other.mask()
+        assert found is other.mask() and set(found._kept) == {"segments"} and found.varlen().max_seqlen == 2
+        assert torch.equal(found.dense(), mask.dense()) and torch.equal(other.kv_lo, mask.kv_lo)
 
 
 def test_one_pair_of_int32_a_row():

@@ -285,7 +285,6 @@ def attention(q, k, v, mask) -> None:
     if not hasattr(mask, "kv_length"):
         raise TypeError(f"mask: expected an IntervalMask, got {type(mask).__name__}")
     for name, value in (("q", q), ("k", k), ("v", v)):
-        tensor(name, value)
         if value.dim() != 4:
             raise ValueError(f"{name}: expected (B, heads, rows, D), got {tuple(value.shape)}")
         same_device(name, value, mask.kv_lo.device, "the mask")

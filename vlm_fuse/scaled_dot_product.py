@@ -63,6 +63,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, scale: flo
 
     Source: FlexAttention (arXiv 2412.05496); FlashAttention-2 for variable lengths (arXiv 2307.08691).
     """
+    for name, rows in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, rows)
+    if torch.is_autocast_enabled(q.device.type):  # as SDPA is there, so that all parts of the result agree
+        lower = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (rows if rows.dtype == torch.float64 else rows.to(lower) for rows in (q, k, v))
     checks.attention(q, k, v, mask)
     if not is_compiling() and dispatch_modes() and _without_values(mask):
         return scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), scale=scale, enable_gqa=q.shape[1] != k.shape[1])

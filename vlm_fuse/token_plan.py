@@ -275,11 +275,13 @@ class TokenPlan:
 
     def _moved(self, move) -> TokenPlan:
         plan = object.__new__(TokenPlan)
-        plan.__dict__.update({name: move(value) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}, _masks={})
+        plan.__dict__.update({name: move(value) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()})
+        plan._masks = {attend: mask._moved(move) for attend, mask in self._masks.items()}
         return plan
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenPlan:
-        """The plan on another device. Facts not made yet are made where the tokens are, and sent when first read.
+        """The plan on another device, masks made so far included. Facts not made yet are made where the tokens are, and sent when
+        first read.
 
         Example:
             >>> import torch, vlm_fuse
@@ -288,7 +290,6 @@ class TokenPlan:
         """
         device = torch.device(device)
         plan = self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        plan._masks = {attend: mask.to(device, non_blocking) for attend, mask in self._masks.items()}
         plan._target = None if device == self._batch.tokens.device else device
         return plan
 
@@ -297,11 +298,11 @@ class TokenPlan:
         return self._moved(lambda tensor: tensor.pin_memory())
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name not in ("_versions", "_masks", "_fill")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_versions", "_fill")}
 
     def __setstate__(self, state) -> None:
         self.__dict__.update(state)
-        self._masks, self._versions, self._fill = {}, _versions(self._batch), None
+        self._versions, self._fill = _versions(self._batch), None
 
     # --- what merging needs beside the rows
 

@@ -182,11 +182,19 @@ class IntervalMask:
             >>> IntervalMask.from_document_ids(torch.tensor([[0]])).to("cpu").kv_hi
             tensor([[1]], dtype=torch.int32)
         """
-        parts = [None if part is None else part.to(device, non_blocking=non_blocking) for part in self._parts[:4]]
-        mask = IntervalMask._of(tuple(parts), self.kv_length)
-        if "segments" in self._kept:
-            mask._kept["segments"] = self._kept["segments"]
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _moved(self, move) -> IntervalMask:
+        mask = IntervalMask._of(tuple([None if part is None else move(part) for part in self._parts[:4]]), self.kv_length)
+        mask._kept = self._known()
         return mask
+
+    def _known(self) -> dict:
+        """What is known about the mask on the host, wherever it lies."""
+        return {name: value for name, value in self._kept.items() if name == "segments"}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": self._known()}
 
     # --- renderings
 
