@@ -1,9 +1,13 @@
-"""Every Python example of README and docs/ runs, a page from top to bottom in one namespace."""
+"""Every Python example of README, docs/ and the docstrings runs, a page from top to bottom in one namespace."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+import vlm_fuse
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -21,6 +25,25 @@ def test_examples_run(page):
         # blank lines before the code, so that a traceback names the line of the page
         source = "\n" * (text[: block.start()].count("\n") + 1) + block.group(1)
         exec(compile(source, str(page), "exec"), namespace)
+
+
+MODULES = sorted(path for path in (ROOT / "vlm_fuse").rglob("*.py") if ">>> " in path.read_text())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_examples_of_docstrings_run(path):
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    failed, tried = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert tried and not failed
+
+
+def test_every_public_function_has_an_example():
+    for name in vlm_fuse.__all__:
+        public = getattr(vlm_fuse, name)
+        methods = [value for key, value in vars(public).items() if callable(value) and not key.startswith("_")] if isinstance(public, type) else []
+        for documented in [public, *methods] if name not in ("MergedBatch", "TokenPlan") else methods:
+            if documented.__doc__ and documented.__name__ not in ("pin_memory", "with_labels"):
+                assert ">>> " in documented.__doc__, f"{name}: {documented.__name__}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

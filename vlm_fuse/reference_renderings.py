@@ -84,11 +84,12 @@ def segments(kv_lo: Tensor, kv_hi: Tensor, kv_lo2: Tensor | None, kv_hi2: Tensor
 
 def _cut(parts: list[list[int] | None]) -> list[tuple[int, ...]]:
     firsts, ends, firsts2, ends2 = parts
-    rows = []  # the keys of each row: begin and end of its one or two intervals
-    for q, (lo, hi) in enumerate(zip(firsts, ends)):
-        found = [(lo, hi)] if lo < hi else []
-        if firsts2 is not None and firsts2[q] < ends2[q]:
-            found.append((firsts2[q], ends2[q]))
+    rows = []  # the keys of each row: no, one or two intervals in order and apart
+    for q in range(len(firsts)):
+        pairs = [(firsts[q], ends[q])] + ([] if firsts2 is None else [(firsts2[q], ends2[q])])
+        found = sorted(pair for pair in pairs if pair[0] < pair[1])
+        if len(found) == 2 and found[1][0] <= found[0][1]:
+            found = [(found[0][0], max(found[0][1], found[1][1]))]
         rows.append(found)
     ahead = [2**31] * (len(rows) + 1)  # first key seen by this row or a later one
     for q in range(len(rows) - 1, -1, -1):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "../intervals.h"
 
@@ -16,18 +17,26 @@ struct MaskIntervals {
   const int32_t* lo2 = nullptr;  // both may be null
   const int32_t* hi2 = nullptr;
 
-  // The keys of a row, counted over the samples: at most two intervals within the keys, one after the other and the
-  // first not empty unless both are, whatever the tensors hold. Returns how many there are.
+  // The keys of a row, counted over the samples: none, one or two intervals inside the keys, in order and apart,
+  // whatever the tensors hold. Returns how many there are.
   int at(int64_t row, Interval out[2]) const {
-    const int32_t most = static_cast<int32_t>(keys);
-    int count = 0;
-    out[0] = {larger(lo[row], 0), smaller(hi[row], most)};
-    if (out[0].begin < out[0].end) count = 1;
-    if (lo2 != nullptr) {
-      const Interval second = {larger(lo2[row], count == 1 ? out[0].end : 0), smaller(hi2[row], most)};
-      if (second.begin < second.end) out[count++] = second;
+    out[0] = inside(lo[row], hi[row]);
+    int count = out[0].begin < out[0].end ? 1 : 0;
+    if (lo2 == nullptr) return count;
+    Interval next = inside(lo2[row], hi2[row]);
+    if (next.begin >= next.end) return count;
+    if (count == 1 && next.begin < out[0].begin) std::swap(next, out[0]);
+    if (count == 1 && next.begin <= out[0].end) {
+      out[0].end = larger(out[0].end, next.end);
+    } else {
+      out[count++] = next;
     }
     return count;
+  }
+
+ private:
+  Interval inside(int32_t begin, int32_t end) const {
+    return {larger(begin, 0), smaller(end, static_cast<int32_t>(keys))};
   }
 };
 
