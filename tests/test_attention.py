@@ -235,3 +235,62 @@ def test_under_compile_the_graph_breaks_on_a_cpu_and_the_result_holds():
     made = torch.compile(lambda q: vlm_fuse.attention(q * 2, k, v, mask) + 1, backend="aot_eager")(q)
     torch.testing.assert_close(made, reference(q * 2, k, v, mask) + 1)
     torch._dynamo.reset()
+
+
+def test_second_derivatives_are_refused_and_not_wrong():
+    """As by SDPA on a CPU; by rows that need a mask as by those that need none."""
+    for attend in (Attend(), Attend(window=3)):
+        mask = IntervalMask.from_cu_seqlens(torch.tensor([0, 9]), attend)
+        q, k, v = rows(mask, 1, 1, 1)
+        (grad,) = torch.autograd.grad(vlm_fuse.attention(q, k, v, mask).pow(2).sum(), q, create_graph=True)
+        with pytest.raises((NotImplementedError, RuntimeError), match="second derivatives|not implemented"):
+            torch.autograd.grad(grad.pow(2).sum(), (q, k, v))
+        with pytest.raises((NotImplementedError, RuntimeError), match="second derivatives|not implemented"):
+            torch.func.grad(lambda q: torch.func.grad(lambda q: vlm_fuse.attention(q, k, v, mask).sum())(q).sum())(q.detach())  # noqa: B023
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_scales_that_are_not_above_zero(scale):
+    mask = IntervalMask.from_cu_seqlens(torch.tensor([0, 40, 41]))
+    assert_like_dense(mask, *rows(mask, 1, 2, 2), scale=scale)
+
+
+def test_backward_under_hooks_on_saved_tensors():
+    mask = IntervalMask.from_cu_seqlens(torch.tensor([0, 12]), Attend(window=3))
+    q, k, v = rows(mask, 1, 2, 2)
+    with torch.autograd.graph.save_on_cpu():
+        vlm_fuse.attention(q, k, v, mask).sum().backward()
+    (wanted,) = torch.autograd.grad(reference(q, k, v, mask).sum(), q)
+    torch.testing.assert_close(q.grad, wanted)
+
+
+def test_padding_inside_a_document_that_holds_nan_reaches_nobody():
+    mask = IntervalMask.from_document_ids(torch.tensor([[0, 0, 0, -1, 0, 0]]))
+    q, k, v = (x.detach() for x in rows(mask, 1, 2, 2))
+    for x in (q, k, v):
+        x[:, :, 3] = torch.nan
+        x.requires_grad_()
+    made = vlm_fuse.attention(q, k, v, mask)
+    assert made.isfinite().all() and made[:, :, 3].eq(0).all()
+    for grad in torch.autograd.grad(made.sum(), (q, k, v)):
+        assert grad.isfinite().all() and grad[:, :, 3].eq(0).all()
+
+
+def test_new_masks_compile_nothing_anew():
+    """Under torch.compile the graph breaks around the call, and nothing inside of it is traced."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, mask: vlm_fuse.attention(q * 2, q, q, mask) + 1, backend="aot_eager")
+    q = torch.randn(1, 2, 60, 8)
+    frames = []
+    for number in range(5):
+        offsets = torch.tensor([0, 5 + 3 * number, 30 + number, 60])
+        mask = IntervalMask.from_cu_seqlens(offsets, Attend(window=4 + number))
+        torch.testing.assert_close(compiled(q, mask), reference(q * 2, q, q, mask) + 1, atol=1e-5, rtol=1e-5)
+        frames.append(torch._dynamo.utils.counters["frames"]["total"])
+    assert frames[0] and frames[1:] == frames[:1] * 4, frames
+    torch._dynamo.reset()
+
+
+def test_meta_tensors():
+    mask = IntervalMask.from_cu_seqlens(torch.tensor([0, 6])).to("meta")
+    assert vlm_fuse.attention(*(x.to("meta") for x in rows(mask, 1, 2, 2)), mask).shape == (1, 2, 6, 8)

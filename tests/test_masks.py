@@ -312,3 +312,89 @@ def test_attend_is_a_constant():
 def test_images_need_their_ids():
     with pytest.raises(ValueError, match="image_ids"):
         IntervalMask.from_document_ids(torch.tensor([[0, 0]]), Attend(images="bidirectional"))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_ids_beyond_int32_are_refused_and_never_taken_for_others():
+    large = torch.tensor([[0, 2**32]])
+    for call in (
+        lambda: IntervalMask.from_document_ids(large),
+        lambda: IntervalMask.from_document_ids(torch.zeros_like(large), Attend(images="bidirectional"), image_ids=large),
+        lambda: vlm_fuse.plan(torch.tensor([[1, 2]]), image_token_id=9, document_ids=large),
+        lambda: vlm_fuse.merge(torch.tensor([[1, 2]]), torch.zeros(1, 2, 4), document_ids=large),
+        lambda: vlm_fuse.merge(torch.tensor([[1, 2]]), torch.zeros(1, 2, 4), None, image_token_id=9, document_ids=large),
+    ):
+        with pytest.raises(ValueError, match=r"_ids: id 4294967296 \(sample 0, row 1\)"):
+            call()
+    assert IntervalMask.from_document_ids(torch.tensor([[-(2**32), 5]])).kv_hi.tolist() == [[0, 2]], "far below 0 is padding"
+
+
+@pytest.mark.parametrize(
+    "parents, told",
+    [([1, -1, -1], "document 0 .* parent 1"), ([0, -1, -1], "document 0"), ([-1, 2, -1], "document 1"), ([-1, -1, 7], "document 2 .* parent 7"), ([-1, 0], "2 entries.* id 2"), ([-1, -2, 0], "-2")],
+)
+def test_parents_that_do_not_come_first_are_refused(parents, told):
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    with pytest.raises(ValueError, match=f"parent_ids: .*{told}"):
+        IntervalMask.from_document_ids(ids, parent_ids=parents)
+    with pytest.raises(ValueError, match=f"parent_ids: .*{told}"):
+        vlm_fuse.plan(ids, image_token_id=9, document_ids=ids, parent_ids=parents).position_ids  # noqa: B018
+    with pytest.raises(ValueError, match="document 1 .sample 1. has parent 0"):
+        IntervalMask.from_document_ids(torch.tensor([[0, 0], [1, 1]]), parent_ids=[-1, 0])
+
+
+@pytest.mark.parametrize("name", ["prefix_lengths", "parent_ids"])
+def test_what_is_no_list_of_ints_by_document_is_refused(name):
+    ids = torch.tensor([[0, 0, 1]])
+    for wrong in (2.5, [0.5, 1], [True, False], torch.tensor([1.0, 2.0]), torch.tensor([True, False]), "x", object(), [[0, 0], [0, 0]], torch.zeros(1, 2, dtype=torch.int64)):
+        for call in (IntervalMask.from_document_ids, lambda ids, **more: vlm_fuse.plan(ids, image_token_id=9, **more)):
+            with pytest.raises((TypeError, ValueError), match=name):
+                call(ids, **{name: wrong})
+
+
+def test_prefixes_below_zero_or_too_few_are_refused():
+    ids = torch.tensor([[0, 0, 1]])
+    for wrong, told in ((-1, "-1 is below 0"), ([1, -2], "-2 is below 0"), ([1], "1 entries.* id 1")):
+        with pytest.raises(ValueError, match=f"prefix_lengths: .*{told}"):
+            IntervalMask.from_document_ids(ids, prefix_lengths=wrong)
+
+
+def test_a_plan_keeps_the_prefixes_that_it_was_given():
+    given = [2]
+    plan = vlm_fuse.plan(torch.tensor([[1, 2, 3]]), image_token_id=9, prefix_lengths=given)
+    given[0] = 0
+    assert plan.mask().kv_hi.tolist() == [[2, 2, 3]] and plan.mask(Attend(window=9)).kv_hi.tolist() == [[2, 2, 3]]
+
+
+def test_what_is_no_attend_is_refused():
+    for wrong in ("causal", None, {"full_attention": Attend()}, 3):
+        for call in (lambda attend: IntervalMask.from_document_ids(torch.tensor([[0]]), attend), lambda attend: IntervalMask.from_cu_seqlens(torch.tensor([0, 1]), attend)):
+            with pytest.raises(TypeError, match="attend: expected an Attend"):
+                call(wrong)
+    with pytest.raises((TypeError, RuntimeError)):
+        IntervalMask.from_document_ids(torch.tensor([[0]])).to(torch.float32)
+    with pytest.raises(ValueError, match="length"):
+        IntervalMask.from_cu_seqlens(torch.tensor([0, 1]), length="5")
+
+
+def test_numbers_beyond_all_rows_are_no_limit(backend):
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    with serving(backend):
+        for size in (2**31 - 1, 2**40, 2**63 - 1, 2**70):
+            for kind in ("causal", "full"):
+                plain = IntervalMask.from_document_ids(ids, Attend(kind)).dense()
+                for attend in (Attend(kind, window=size), Attend(kind, chunk_size=size), Attend(kind, window=1, sinks=size)):
+                    made = IntervalMask.from_document_ids(ids, attend).dense()
+                    assert torch.equal(made, plain if attend.sinks == 0 or kind == "causal" else IntervalMask.from_document_ids(ids, Attend(kind, window=1, sinks=6)).dense()), attend
+            assert torch.equal(IntervalMask.from_document_ids(ids, prefix_lengths=size).dense(), IntervalMask.from_document_ids(ids, Attend("full")).dense())
+        for nothing in ([], None):
+            assert torch.equal(IntervalMask.from_document_ids(ids, prefix_lengths=nothing, parent_ids=nothing).dense(), IntervalMask.from_document_ids(ids).dense())
+
+
+def test_varlen_of_fake_tensors_is_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="fake tensor has no values"):
+        IntervalMask.from_document_ids(torch.zeros(1, 8, dtype=torch.int64)).varlen()

@@ -198,6 +198,30 @@ def run_masks(samples=2, length=700):
     triton_masks.intervals(ids, ids, (0, 1024, 4, 0, 1), torch.zeros(samples), torch.zeros(samples, dtype=torch.int32), True, status)
 
 
+def run_dense(dtype, pair=True, samples=2, rows=70, keys=900):
+    """dense of a dtype, bits for uint8."""
+    import torch
+
+    from vlm_fuse.kernels import triton_dense
+
+    bound = torch.zeros(samples, rows, dtype=torch.int32)
+    parts = (bound, bound, bound if pair else None, bound if pair else None)
+    if dtype == "uint8":
+        triton_dense.bits(*parts, keys)
+    else:
+        triton_dense.dense(*parts, keys, getattr(torch, dtype))
+
+
+def run_block_map(pair=True, samples=2, rows=700, keys=900, q_block=128, kv_block=128):
+    import torch
+
+    from vlm_fuse.kernels import triton_block_map
+
+    # bounds may be a slice: where it begins is no reason for a new kernel
+    bound = torch.zeros(samples + 1, rows, dtype=torch.int32)[1:]
+    triton_block_map.block_map(bound, bound, bound if pair else None, bound if pair else None, keys, q_block, kv_block)
+
+
 # batch sizes that differ in everything Triton could look at: 1, multiples of 16, odd numbers
 STEPS = {
     "rows": [(run_rows, (960, "bfloat16", "bfloat16", "bfloat16", {"tensors": tensors}, batch)) for tensors in (1, 3) for batch in (1, 16, 37)],
@@ -205,7 +229,11 @@ STEPS = {
     "packed": [(run_plan, (0, 2, True, samples, length)) for samples, length in ((1, 1), (16, 64), (5, 77))],
     "expand": [(run_plan, (1, 1, False, samples, length)) for samples, length in ((2, 1), (16, 64), (5, 77))],
     "masks": [(run_masks, (samples, length)) for samples, length in ((1, 1), (16, 64), (5, 777))],
+    "dense": [(run_dense, ("bfloat16", True, *sizes)) for sizes in ((1, 1, 1), (16, 64, 2**14), (5, 77, 4099))],
+    "bits": [(run_dense, ("uint8", True, *sizes)) for sizes in ((1, 1, 1), (16, 64, 2**14), (5, 77, 4099))],
+    "block_map": [(run_block_map, (True, *sizes)) for sizes in ((1, 1, 1, 1, 1), (16, 64, 2**14, 16, 128), (5, 77, 4099, 7, 100))],
 }
+DENSE = ("bool", "bfloat16", "float32", "float64", "uint8")
 PLANS = {"keep": (0, 0, False), "packed_documents": (0, 2, True), "expand_padded": (1, 1, False), "images_first": (2, 2, False)}
 
 
@@ -235,6 +263,14 @@ def main():
         # these kernels compile for seconds: the fullest case for every GPU, the others for one
         note(case, launches, TARGETS if case == "packed_documents" else ("sm_90",))
     note("masks", recorder.of(run_masks), TARGETS)
+    for dtype in DENSE:
+        found["launches"][f"dense_{dtype}"] = [launch[0].__name__ for launch in recorder.of(run_dense, dtype)]
+        note(f"dense_{dtype}", recorder.of(run_dense, dtype), TARGETS)
+        note(f"dense_{dtype}", recorder.of(run_dense, dtype, False), ("sm_90",))
+    note("dense_float16", recorder.of(run_dense, "float16"), ("sm_90",))
+    found["launches"]["block_map"] = [launch[0].__name__ for launch in recorder.of(run_block_map)]
+    note("block_map", recorder.of(run_block_map), TARGETS)
+    note("block_map", recorder.of(run_block_map, False), ("sm_90",))
     for case, steps in STEPS.items():
         keys = {}
         for call, arguments in steps:
@@ -290,6 +326,23 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(found, target, case):
         assert not narrow & {*kernel["loads"], *kernel["stores"]}, kernel
 
 
+@pytest.mark.parametrize("dtype", DENSE)
+@pytest.mark.parametrize("target", TARGETS)
+def test_masks_are_written_16_bytes_at_a_time(found, target, dtype):
+    compiled_kernels = kernels(found, target, {f"dense_{dtype}"})
+    assert compiled_kernels
+    wide = "dwordx4" if target in AMD else "v2.b64" if dtype == "float64" else "v4.b32"
+    # what fills no 16 bytes, at a sample's begin or end
+    narrow = {
+        "bool": {"b8", "byte"}, "uint8": {"b8", "byte"}, "bfloat16": {"b16", "short"}, "float32": {"b32", "dword"}, "float64": {"b64", "dwordx2"},
+    }[dtype]  # fmt: skip
+    for kernel in compiled_kernels:
+        assert wide in kernel["stores"] and {*kernel["stores"]} <= {wide} | narrow, kernel
+        assert kernel["loads"] == ["dword" if target in AMD else "b32"], "bounds and nothing else"
+        # half of what a lane may have at most: many tiles are under way at once
+        assert kernel.get("registers") is None or kernel["registers"] <= 128, kernel
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_is_spilled(found, target):
     compiled_kernels = kernels(found, target)
@@ -316,4 +369,6 @@ def test_launches_are_few(found):
         "packed_documents": [count, tokens, returns, rows, count, tokens, rows],
         "expand_padded": [count, count, tokens, rows, count, count, tokens, rows],
         "images_first": [count, tokens, rows, count, tokens, rows],
+        **{f"dense_{dtype}": ["entries_kernel"] for dtype in DENSE},
+        "block_map": ["classes_kernel", "lists_kernel"],
     }

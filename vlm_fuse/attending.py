@@ -7,6 +7,9 @@ from dataclasses import dataclass
 KINDS = ("causal", "full")
 IMAGES = ("causal", "bidirectional", "bidirectional_windowed")
 
+#: a size that no row reaches, as int32.
+NO_LIMIT = 2**31 - 1
+
 
 def _whole(name: str, value, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -22,10 +25,10 @@ class Attend:
         window: a token sees itself and ``window - 1`` tokens before it (transformers' ``sliding_window``).
         sinks: with a window, also those of the first ``sinks`` tokens of the document that do not lie ahead.
         chunk_size: rows see those of their own chunk only, counted from the start of the document (Llama 4); not with a window.
-        images: "causal": an image is read like text. "bidirectional": ``(window & causal) | same image``
-            (Gemma 3 before transformers 5.2x; its global layers in every release). "bidirectional_windowed":
-            ``window & (causal | same image)``: a key ahead is always inside the window. With chunks both are
-            ``(chunk & causal) | same image``.
+        images: "causal": an image is read like text. "bidirectional": ``(window & causal) | same image`` (Gemma 3: global
+            layers; sliding layers up to transformers 5.12). "bidirectional_windowed": ``window & (causal | same image)``, where a
+            key ahead is always inside the window (Gemma 3 and 4: sliding layers from transformers 5.13 on). With chunks both
+            are ``(chunk & causal) | same image``.
 
     Windows, chunks and sinks count output rows from the document's first row, padding inside included.
 
@@ -64,7 +67,8 @@ class Attend:
     def codes(self) -> tuple[int, int, int, int, int]:
         """(kind, window, sinks, chunk_size, images) as the kernels take them, 0 for none."""
         images = "bidirectional" if self.chunk_size and self.images != "causal" else self.images
-        return KINDS.index(self.kind), self.window or 0, self.sinks, self.chunk_size or 0, IMAGES.index(images)
+        sizes = [min(size or 0, NO_LIMIT) for size in (self.window, self.sinks, self.chunk_size)]
+        return KINDS.index(self.kind), *sizes, IMAGES.index(images)
 
 
 #: the default, one object: a call that leaves `attend` out is known by identity.

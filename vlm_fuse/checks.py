@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import Tensor
 
+from .attending import NO_LIMIT, Attend
 from .batch import (
     COUNTS_DIFFER,
     DOCUMENT_RETURNS,
@@ -20,6 +21,7 @@ from .batch import (
     TOO_MANY_ROWS,
     Batch,
 )
+from .modes import dispatch_modes
 
 ID_DTYPES = (torch.int64, torch.int32)
 MASK_DTYPES = (torch.int64, torch.bool, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -50,8 +52,8 @@ def dtype_of(name: str, value: Tensor, allowed) -> None:
 
 
 def floating(name: str, dtype: torch.dtype) -> None:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {dtype!r}")
+    if dtype not in ROW_DTYPES:
+        raise TypeError(f"{name}: expected one of {names(ROW_DTYPES)}, got {dtype!r}")
 
 
 def same_shape(name: str, value: Tensor, shape: torch.Size, of: str) -> None:
@@ -95,7 +97,7 @@ def whole_numbers(name: str, value) -> Tensor:
 
 def on_host(numbers: Tensor) -> bool:
     """The values can be read without waiting for a device and without breaking a trace."""
-    return not torch.compiler.is_compiling() and type(numbers) is Tensor and numbers.is_cpu
+    return not torch.compiler.is_compiling() and type(numbers) is Tensor and numbers.is_cpu and not dispatch_modes()
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -229,6 +231,83 @@ def interval_pair(kv_lo, kv_hi, kv_length, kv_lo2, kv_hi2) -> None:
     )
 
 
+def attend_of(value) -> None:
+    if not isinstance(value, Attend):
+        more = "; ask for one layer type at a time" if isinstance(value, dict) else ""
+        raise TypeError(f"attend: expected an Attend, got {type(value).__name__}{more}")
+
+
+def ids_fit(name: str, ids: Tensor) -> None:
+    """Ids are kept as int32: a larger one would be taken for another. Other faults of theirs are found elsewhere."""
+    if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 2 and on_host(ids) and ids.numel() and int(ids.max()) >= 2**31:
+        sample, row = (ids >= 2**31).nonzero()[0].tolist()
+        raise ValueError(f"{name}: id {int(ids[sample, row])} (sample {sample}, row {row}) does not fit in int32; number them from 0")
+
+
+def prefix_lengths(value) -> Tensor | None:
+    """Rows of every document's prefix, or one number for all, as int64 on the device that it was given on."""
+    found = _by_document("prefix_lengths", value)
+    if found is not None and on_host(found) and found.numel() and int(found.min()) < 0:
+        raise ValueError(f"prefix_lengths: {int(found.min())} is below 0; a document without a prefix has 0")
+    return None if found is None else found.clamp(max=NO_LIMIT)
+
+
+def parent_ids(value) -> Tensor | None:
+    """The parent of every document, -1 for none, as int64 on the device that it was given on."""
+    found = _by_document("parent_ids", value)
+    if found is None:
+        return None
+    if found.dim() == 0:
+        raise TypeError("parent_ids: expected one for each document id, got a single number")
+    if on_host(found) and found.numel() and int(found.min()) < -1:
+        raise ValueError(f"parent_ids: {int(found.min())} is no document id; a document without a parent has -1")
+    return found
+
+
+def _by_document(name: str, value) -> Tensor | None:
+    """An int, a list of ints or an integer tensor of at most one dimension; None where there is nothing in it."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        dtype_of(name, value, (*ID_DTYPES, torch.int16, torch.int8, torch.uint8))
+        found = value.long()
+    else:
+        try:
+            numbers = [value] if not isinstance(value, (list, tuple)) else value
+            if any(isinstance(number, bool) for number in numbers):
+                raise TypeError
+            numbers = [min(operator.index(number), 2**62) for number in numbers]
+        except TypeError:
+            raise TypeError(f"{name}: expected ints by document id, got {value!r}") from None
+        found = torch.tensor(numbers if isinstance(value, (list, tuple)) else numbers[0], dtype=torch.int64, device="cpu")
+    if found.dim() > 1:
+        raise ValueError(f"{name}: expected (documents,), got {tuple(found.shape)}")
+    return found if found.numel() else None
+
+
+def documents_of(document_ids: Tensor, prefixes: Tensor | None, parents: Tensor | None) -> None:
+    """There is an entry for every document, and a parent stands earlier in the same output row."""
+    if not on_host(document_ids) or not document_ids.numel():
+        return
+    most = int(document_ids.max())
+    for name, value in (("prefix_lengths", prefixes), ("parent_ids", parents)):
+        if value is not None and value.dim() and most >= len(value):
+            raise ValueError(f"{name}: has {len(value)} entries, but there is a document id {most}; give one for every document id")
+    if parents is None or not on_host(parents):
+        return
+    above = parents.tolist()
+    for sample, line in enumerate(document_ids.tolist()):
+        met = set()
+        for document in dict.fromkeys(line):  # in order of their first rows
+            if document >= 0:
+                if above[document] >= 0 and above[document] not in met:
+                    raise ValueError(
+                        f"parent_ids: document {document} (sample {sample}) has parent {above[document]}, which does not stand before it in the same row; a parent comes first, "
+                        "and -1 means none"
+                    )
+                met.add(document)
+
+
 def inside(name: str, start, stop, size: int, of: str) -> None:
     """A range of a mask's rows or keys."""
     for value in (start, stop):
@@ -251,6 +330,9 @@ def from_cu_seqlens(cu_seqlens, attend, length) -> int:
     dtype_of("cu_seqlens", cu_seqlens, ID_DTYPES)
     if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
         raise ValueError(f"cu_seqlens: expected (documents + 1,), got {tuple(cu_seqlens.shape)}")
+    attend_of(attend)
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0):
+        raise ValueError(f"length: expected a number of rows, got {length!r}")
     if attend.images != "causal":
         raise ValueError(f"attend: Attend(images={attend.images!r}) needs image ids; use from_document_ids(..., image_ids=...)")
     if on_host(cu_seqlens):
@@ -261,26 +343,25 @@ def from_cu_seqlens(cu_seqlens, attend, length) -> int:
             raise ValueError(f"cu_seqlens: {wrong}; offsets begin at 0 and never fall")
         if length is not None and length < offsets[-1]:
             raise ValueError(f"length: {length} rows, but the documents of cu_seqlens end at {offsets[-1]}; raise length")
-    if length is None:
-        return int(cu_seqlens[-1])
-    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
-        raise ValueError(f"length: expected a number of rows, got {length!r}")
-    return length
+    return int(cu_seqlens[-1]) if length is None else length
 
 
 def from_document_ids(document_ids, attend, image_ids) -> None:
     dtype_of("document_ids", document_ids, ID_DTYPES)
+    attend_of(attend)
     if document_ids.dim() != 2:
         raise ValueError(f"document_ids: expected (B, Q), got {tuple(document_ids.shape)}")
+    ids_fit("document_ids", document_ids)
     if image_ids is not None:
         dtype_of("image_ids", image_ids, ID_DTYPES)
         same_shape("image_ids", image_ids, document_ids.shape, "document_ids")
         same_device("image_ids", image_ids, document_ids.device, "document_ids")
+        ids_fit("image_ids", image_ids)
     elif attend.images != "causal":
         raise ValueError(f"image_ids: needed by Attend(images={attend.images!r}), -1 where there is no image")
 
 
-def attention(q, k, v, mask) -> None:
+def attention(q, k, v, mask, scale) -> None:
     """(B, H, Q, D), (B, H_kv, K, D) and (B, H_kv, K, D_v) under a mask of Q rows and K keys."""
     if not hasattr(mask, "kv_length"):
         raise TypeError(f"mask: expected an IntervalMask, got {type(mask).__name__}")
@@ -290,13 +371,15 @@ def attention(q, k, v, mask) -> None:
         same_device(name, value, mask.kv_lo.device, "the mask")
         if value.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {names([q.dtype])}, got {names([value.dtype])}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
     if not q.dtype.is_floating_point:
         raise TypeError(f"q: expected a floating dtype, got {names([q.dtype])}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected the batch, heads and keys of k, {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"k: expected the batch and D of q, {q.shape[0]} and {q.shape[3]}, got {k.shape[0]} and {k.shape[3]}")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
+    if q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]:
         raise ValueError(f"k: {q.shape[1]} heads of q cannot be shared out among {k.shape[1]} heads of keys; give a divisor")
     samples, rows = mask.kv_lo.shape
     if samples not in (1, q.shape[0]) or rows != q.shape[2] or mask.kv_length != k.shape[2]:

@@ -41,10 +41,14 @@ def _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair
 
 def intervals(document_ids, image_ids, attend: Attend, prefix_lengths=None, parent_ids=None, *, pair: bool, validate="auto", backend="auto"):
     """``(kv_lo, kv_hi, kv_lo2, kv_hi2)`` int32 (G, W); the second pair None without `pair` or where no row needs it."""
-    document_ids = document_ids.int().contiguous()
-    image_ids = image_ids.int().contiguous() if image_ids is not None and attend.images != "causal" else None
-    prefix_lengths, parent_ids = (_ints(value, document_ids.device) for value in (prefix_lengths, parent_ids))
-    args = (document_ids, image_ids, attend.codes, prefix_lengths, parent_ids, pair, mode_of(validate, document_ids), name_from(backend))
+    prefix_lengths, parent_ids = checks.prefix_lengths(prefix_lengths), checks.parent_ids(parent_ids)
+    mode = mode_of(validate, document_ids)
+    if mode == "sync" and (prefix_lengths is not None or parent_ids is not None):
+        checks.documents_of(document_ids, prefix_lengths, parent_ids)
+    document_ids = _int32(document_ids)
+    image_ids = _int32(image_ids) if image_ids is not None and attend.images != "causal" else None
+    prefix_lengths, parent_ids = (None if value is None else value.to(document_ids.device) for value in (prefix_lengths, parent_ids))
+    args = (document_ids, image_ids, attend.codes, prefix_lengths, parent_ids, pair, mode, name_from(backend))
     if functorch_active():
         with outside_functorch():
             return _intervals(*args)
@@ -54,8 +58,9 @@ def intervals(document_ids, image_ids, attend: Attend, prefix_lengths=None, pare
     return _intervals(*args)
 
 
-def _ints(value, device: torch.device) -> Tensor | None:
-    return None if value is None else torch.as_tensor(value, dtype=torch.int64, device=device)
+def _int32(ids: Tensor) -> Tensor:
+    """Ids below 0 mean nothing, whichever they are."""
+    return (ids.clamp(min=-1).int() if ids.dtype == torch.int64 else ids).contiguous()
 
 
 def _intervals_op(*args):
@@ -108,6 +113,8 @@ def segments(parts: Parts) -> list[tuple[int, ...]]:
     """(sample, first row, row after, first key, key after, class, window) of each segment; reads the mask on the host."""
     *tensors, kv_length = parts
     backend = name_from("auto")
+    if isinstance(tensors[0], torch._subclasses.FakeTensor) or tensors[0].is_meta:
+        raise RuntimeError("varlen: reads the mask on the host, and a fake tensor has no values; use dense() or block_mask() while tracing")
     with outside_functorch() if functorch_active() else nullcontext():
         tensors = [None if part is None else unwrapped(part).cpu() for part in tensors]
         return kernels_for(backend if backend != "triton" else "auto", tensors[0]).segments(*tensors, kv_length).tolist()

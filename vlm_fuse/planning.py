@@ -48,6 +48,8 @@ def choices(
         _check_length(length, layout)
         _check_attend(attend)
         found = found._replace(settings=found.settings._replace(length=length, attend=attend))
+    if document_ids is not None:
+        checks.ids_fit("document_ids", document_ids)
     if scheme == "images_first" and document_ids is not None:
         raise ValueError("document_ids: refused with scheme='images_first', whose images stand in front of whole samples")
     return found
@@ -196,7 +198,8 @@ def plan(
         raise ValueError(f"max_documents: expected a number of documents, got {max_documents!r}")
     chosen = choices(scheme, combine, layout, padding_side, length, attend, unused_features, validate, name_from(backend), document_ids)
     settings = chosen.settings._replace(
-        masked_by_tensor=placeholder_mask is not None, prefix_lengths=prefix_lengths, parent_ids=parent_ids, max_documents=max_documents
+        masked_by_tensor=placeholder_mask is not None, prefix_lengths=checks.prefix_lengths(prefix_lengths), parent_ids=checks.parent_ids(parent_ids),
+        max_documents=max_documents,
     )
     made = make(tokens, attention_mask, labels, document_ids, kinds, feature_counts, chosen._replace(settings=settings))
     if max_documents is not None and document_ids is not None and tokens.is_cpu and validate in ("auto", "sync"):

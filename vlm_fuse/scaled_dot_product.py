@@ -27,6 +27,9 @@ _BLOCK_ROWS = 256
 #: segments of no more rows share a block: a call costs more than the products that it would save.
 _SMALL_ROWS = 32
 
+#: the same of segments that need a mask anyway.
+_SMALL_MASKED_ROWS = 128
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, scale: float | None = None) -> Tensor:
     """Softmax of the scaled scores of the keys that a row sees, times their values. Differentiable.
@@ -65,23 +68,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, scale: flo
     """
     for name, rows in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, rows)
-    if torch.is_autocast_enabled(q.device.type):  # as SDPA is there, so that all parts of the result agree
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # as SDPA is there, so that all parts of the result agree
         lower = torch.get_autocast_dtype(q.device.type)
         q, k, v = (rows if rows.dtype == torch.float64 else rows.to(lower) for rows in (q, k, v))
-    checks.attention(q, k, v, mask)
-    if not is_compiling() and dispatch_modes() and _without_values(mask):
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    checks.attention(q, k, v, mask, scale)
+    if q.is_meta or (not is_compiling() and dispatch_modes() and _without_values(q, mask)):
+        return _sdpa(q, k, v, scale, mask.dense())
     if q.is_cpu:
         return _by_segment(q, k, v, mask, scale)
     return _on_gpu(q, k, v, mask, scale)
 
 
-def _without_values(mask: IntervalMask) -> bool:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, seen: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _without_values(q: Tensor, mask: IntervalMask) -> bool:
     """Fake tensors, or a trace that would keep the values of this one mask."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    return isinstance(mask.kv_lo, FakeTensor) or get_proxy_mode() is not None
+    return isinstance(q, FakeTensor) or isinstance(mask.kv_lo, FakeTensor) or get_proxy_mode() is not None
 
 
 # --- by segment -------------------------------------------------------------------------------------------------------
@@ -101,7 +108,8 @@ def _pieces(segments: list[Segment]) -> list[_Piece]:
     made: list[_Piece] = []
     joinable = False  # the last piece may take more in
     for segment in segments:
-        small = segment.rows <= _SMALL_ROWS and segment.kind != EMPTY_SEGMENT
+        plain = segment.kind in (CAUSAL_SEGMENT, FULL_SEGMENT)
+        small = segment.rows <= (_SMALL_ROWS if plain else _SMALL_MASKED_ROWS) and segment.kind != EMPTY_SEGMENT
         if small and joinable and made[-1].rows + segment.rows <= _BLOCK_ROWS:
             made[-1] = _Piece(made[-1].rows + segment.rows, made[-1].begin, segment.key_end, OTHER_SEGMENT)
             continue
@@ -120,7 +128,7 @@ def _by_sample(mask: IntervalMask) -> list[list[Segment]]:
     return found
 
 
-def _by_segment(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
+def _segment_by_segment(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
     samples = mask._kept.get("pieces")
     if samples is None:
         by_sample = _by_sample(mask)
@@ -140,7 +148,19 @@ def _by_segment(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: floa
     return out + sum(x[:0].sum() for x in (q, k, v))  # nobody sees anything: the gradients are zeros, not missing
 
 
-# what torch.compiler.disable sets, which would load torch's compiler with this module: there is nothing here to trace
+def _by_segment(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
+    """Untraced: what is done depends on the values of the mask, and would be compiled anew for each."""
+    before = _set_eval_frame(None)
+    try:
+        return _segment_by_segment(q, k, v, mask, scale)
+    finally:
+        _set_eval_frame(before)
+
+
+# what torch.compiler.disable does, which would load torch's compiler with this module
+_frames = getattr(torch._C._dynamo, "eval_frame", None)
+_set_eval_frame = getattr(_frames, "set_eval_frame", lambda callback: None)
+getattr(_frames, "skip_code", lambda code: None)(_by_segment.__code__)
 _by_segment._torchdynamo_disable = True
 _by_segment._torchdynamo_disable_msg = "vlm_fuse.attention on a CPU reads the mask to cut it into segments"
 
@@ -179,8 +199,9 @@ def _zeros(rows: Tensor, v: Tensor) -> Tensor:
 def _of_piece(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sample: int, row: int, piece: _Piece, scale: float | None) -> Tensor:
     if piece.kind == EMPTY_SEGMENT:
         return _zeros(q, v)
-    if piece.kind == CAUSAL_SEGMENT or piece.kind == FULL_SEGMENT:
-        return scaled_dot_product_attention(q, k, v, is_causal=piece.kind == CAUSAL_SEGMENT, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # SDPA's own triangle gives NaN under a scale that is not above 0
+    if piece.kind == FULL_SEGMENT or (piece.kind == CAUSAL_SEGMENT and (scale is None or scale > 0)):
+        return _sdpa(q, k, v, scale, is_causal=piece.kind == CAUSAL_SEGMENT)
     own = mask._sample(sample).slice(row, row + piece.rows, piece.begin, piece.end)
     return _Blocks.apply(q, k, v, own, scale)
 
@@ -210,19 +231,21 @@ def _blocks(mask: IntervalMask) -> list[_Block]:
     return made
 
 
-def _seen(mask: IntervalMask, block: _Block) -> Tensor:
-    """(1, 1, rows of the block, keys of its runs, one run behind the other) bool."""
-    parts = [mask.slice(block.rows.start, block.rows.stop, run.start, run.stop).dense() for run in block.runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def _under(seen: Tensor, scale: float | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
 def _runs_of(rows: Tensor, block: _Block) -> Tensor:
     parts = [rows[:, :, run] for run in block.runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _of_block(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, block: _Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The block's rows, the keys and values of its runs, one run behind the other, and who sees whom among them."""
+    parts = [mask.slice(block.rows.start, block.rows.stop, run.start, run.stop).dense() for run in block.runs]
+    seen = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    q, k, v = q[:, :, block.rows], _runs_of(k, block), _runs_of(v, block)
+    nothing = ~seen.any(-1, keepdim=True)
+    if bool(nothing.any()):  # padding inside a document: whatever it holds, NaN too, reaches nobody
+        unseen = ~seen.any(-2)[..., None]
+        q, k, v = q.masked_fill(nothing, 0), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    return q, k, v, seen
 
 
 class _Blocks(torch.autograd.Function):
@@ -233,7 +256,8 @@ class _Blocks(torch.autograd.Function):
         out = _zeros(q, v)
         for block in _blocks(mask):
             if block.runs:
-                out[:, :, block.rows] = _under(_seen(mask, block), scale, q[:, :, block.rows], _runs_of(k, block), _runs_of(v, block))
+                *rows, seen = _of_block(q, k, v, mask, block)
+                out[:, :, block.rows] = _sdpa(*rows, scale, seen)
         return out
 
     @staticmethod
@@ -242,30 +266,40 @@ class _Blocks(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        grads = [torch.zeros_like(t) if needed else None for t, needed in zip((q, k, v), wanted)]
-        for block in _blocks(ctx.mask):
+        return *_BlocksBackward.apply(grad, *ctx.saved_tensors, ctx.mask, ctx.scale, ctx.needs_input_grad[:3]), None, None
+
+
+class _BlocksBackward(torch.autograd.Function):
+    """A function of its own, so that a second derivative is refused: without it, it would come out as zero."""
+
+    @staticmethod
+    def forward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None, wanted: tuple[bool, ...]):
+        made = [torch.zeros_like(rows) if needed else None for rows, needed in zip((q, k, v), wanted)]
+        for block in _blocks(mask):
             if not block.runs:
                 continue
-            given, seen = (q[:, :, block.rows], _runs_of(k, block), _runs_of(v, block)), _seen(ctx.mask, block)
-
-            def of_wanted(*some, given=given, seen=seen):
-                some = iter(some)
-                return _under(seen, ctx.scale, *[next(some) if needed else x for x, needed in zip(given, wanted)])
-
-            _, pull = torch.func.vjp(of_wanted, *[x for x, needed in zip(given, wanted) if needed])
-            found = iter(pull(grad[:, :, block.rows]))
-            if grads[0] is not None:
-                grads[0][:, :, block.rows] = next(found)
-            for total in grads[1:]:
+            *rows, seen = _of_block(q, k, v, mask, block)
+            rows = [x.detach().requires_grad_(needed) for x, needed in zip(rows, wanted)]
+            with torch.enable_grad():
+                out = _sdpa(*rows, scale, seen)
+            found = iter(torch.autograd.grad(out, [x for x in rows if x.requires_grad], grad[:, :, block.rows]))
+            if made[0] is not None:
+                made[0][:, :, block.rows] = next(found)
+            for total in made[1:]:
                 if total is not None:
                     sizes = [run.stop - run.start for run in block.runs]
                     for run, part in zip(block.runs, next(found).split(sizes, 2)):
                         total[:, :, run] += part
-        return *grads, None, None
+        return tuple(made)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("vlm_fuse.attention: second derivatives are not there on a CPU, as in torch's own SDPA; use SDPA's math backend under mask.dense()")
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -278,7 +312,7 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | 
             kept["rule"] = _rule(mask)
         rule = kept["rule"]
         if rule == "sdpa_causal" or rule == "sdpa_full":
-            return scaled_dot_product_attention(q, k, v, is_causal=rule == "sdpa_causal", scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            return _sdpa(q, k, v, scale, is_causal=rule == "sdpa_causal")
         if rule == "varlen" and _takes_varlen(q, k, v, mask):
             return _by_varlen(q, k, v, mask, scale)
     return _by_flex(q, k, v, mask, scale)

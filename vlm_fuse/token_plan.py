@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import mask_ops, ops
+from . import checks, mask_ops, ops
 from .attending import Attend
 from .batch import KIND_FIELDS, LAYOUTS, PAD, SCHEMES, Batch
 from .masks import IntervalMask
@@ -203,8 +203,9 @@ class TokenPlan:
             made = tuple([fact.to(self._target, non_blocking=True) for fact in made])
         self.__dict__.update(zip(names, made))
         if self._settings.parent_ids is not None and "position_ids" in names:
-            parent_ids = torch.as_tensor(self._settings.parent_ids, device=self.device)
-            self.position_ids = after_parents(self.position_ids, self.document_ids, parent_ids)
+            parent_ids = self._settings.parent_ids
+            checks.documents_of(self.document_ids, None, parent_ids)
+            self.position_ids = after_parents(self.position_ids, self.document_ids, parent_ids.to(self.device))
 
     @_Once
     def max_seqlen(self) -> int:
@@ -237,8 +238,7 @@ class TokenPlan:
             tensor([[0, 0, 1]], dtype=torch.int32)
         """
         attend = self._own_attend("mask()") if attend is None else attend
-        if not isinstance(attend, Attend):
-            raise TypeError(f"attend: expected an Attend, got {type(attend).__name__}")
+        checks.attend_of(attend)
         found = self._masks.get(attend)
         if found is None:
             _, _, _, validate, backend, _, prefix_lengths, parent_ids, _ = self._settings

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from .triton_block_map import block_map
+from .triton_dense import bits, dense
 from .triton_launch import INTERPRETED
 from .triton_masks import intervals
 from .triton_merge import rows, rows_backward
 from .triton_plan import count, facts, plan
 
-__all__ = ["MAKES_TENSORS", "available", "count", "facts", "intervals", "plan", "rows", "rows_backward"]
+__all__ = ["MAKES_TENSORS", "available", "bits", "block_map", "count", "dense", "facts", "intervals", "plan", "rows", "rows_backward"]
 
 
 #: outputs and gradients are made by the caller.

@@ -75,7 +75,9 @@ def _rendered(mask: IntervalMask, attn_implementation: str, dtype: torch.dtype |
     if attn_implementation == "sdpa":
         return mask.dense()
     if attn_implementation == "eager":  # adds whatever it is given: a bool mask would be added as 0 and 1
-        return mask.additive(dtype or torch.get_default_dtype())
+        dtype = dtype or torch.get_default_dtype()
+        # the softmax is taken in float32, where the lowest number of float64 would be -inf
+        return mask.additive(torch.float32).double() if dtype == torch.float64 else mask.additive(dtype)
     return mask.block_mask()
 
 

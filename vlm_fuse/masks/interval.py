@@ -182,6 +182,7 @@ class IntervalMask:
             >>> IntervalMask.from_document_ids(torch.tensor([[0]])).to("cpu").kv_hi
             tensor([[1]], dtype=torch.int32)
         """
+        device = torch.device(device)
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _moved(self, move) -> IntervalMask:
