@@ -101,8 +101,8 @@ def with_documents(count: int, length: int = 32768, hidden: int = 960) -> Batch:
     return batch._replace(document_ids=(torch.arange(length, dtype=torch.int32) * count // length).unsqueeze(0))
 
 
-def load(name: str, description: Load, dtype: torch.dtype = torch.bfloat16) -> Batch:
-    """A batch of presets.LOADS. Padded rows hold one sample each; packed rows are filled first fit decreasing.
+def tokens(description: Load) -> generator.TokenBatch:
+    """The tokens of a load, without rows. Padded rows hold one sample each; packed rows are filled first fit decreasing.
 
     Padded rows are padded to the full length of the load, as training on a static shape does it.
     """
@@ -111,13 +111,19 @@ def load(name: str, description: Load, dtype: torch.dtype = torch.bfloat16) -> B
     if preset.image_token_id is None:
         length -= preset.image_rows[0]  # the images come in front of these tokens
     samples = generator.draw(description.distribution, 64 * rows + 1024, seed=0, longest=description.length)
-    if description.packed:
-        index = generator.first_fit_decreasing([sample.tokens for sample in samples], length)
-        middle = len(index) // 2  # the first rows hold the longest samples, the last ones what was left
-        chosen = [[samples[i] for i in row] for row in index[middle : middle + rows]]
-        made = generator.packed(chosen, preset, length=length, seed=0)
-    else:
-        made = generator.padded(samples[:rows], preset, length=length, seed=0, side=description.padding_side)
+    if not description.packed:
+        return generator.padded(samples[:rows], preset, length=length, seed=0, side=description.padding_side)
+    index = generator.first_fit_decreasing([sample.tokens for sample in samples], length)
+    middle = len(index) // 2  # the first rows hold the longest samples, the last ones what was left
+    chosen = [[samples[i] for i in row] for row in index[middle : middle + rows]]
+    return generator.packed(chosen, preset, length=length, seed=0)
+
+
+def load(name: str, description: Load, dtype: torch.dtype = torch.bfloat16) -> Batch:
+    """A batch of presets.LOADS, with rows of random numbers."""
+    preset = PRESETS[description.preset]
+    made = tokens(description)
+    rows, length = made.input_ids.shape
     hidden, shares = preset.hidden_size, made.shares
     if preset.image_token_id is None:  # image rows have no tokens: shares of the output
         scale = made.input_ids.size / (made.input_ids.size + made.rows)

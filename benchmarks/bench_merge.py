@@ -239,7 +239,7 @@ def run_all(arguments: argparse.Namespace, conditions: tuple[str, ...]) -> dict[
     jobs = [(None, 0)] if together else [(g.name, seed) for g in chosen for seed in range(g.processes)]
     stop = time.monotonic() + arguments.limit
     runs: dict[str, dict[str, Any]] = {pages: {"results": []} for pages in conditions}
-    progress = _progress(len(jobs) * len(conditions))
+    progress = progress_bar(len(jobs) * len(conditions))
     for group, seed in jobs:
         for pages in conditions:
             progress(f"{group or 'all'}, {pages} pages")
@@ -248,7 +248,7 @@ def run_all(arguments: argparse.Namespace, conditions: tuple[str, ...]) -> dict[
     return runs
 
 
-def _progress(total: int) -> Callable[[str | None], None]:
+def progress_bar(total: int) -> Callable[[str | None], None]:
     """Told what begins; None at the end."""
     try:
         from tqdm import tqdm

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a CUDA machine can tell in one go, within 8 minutes: build, host cost, launches, benchmarks, tests,
+# Everything a CUDA machine can tell in one go, within 8 minutes: build, host cost, launches, masks, benchmarks, tests,
 # compute-sanitizer. No step stops the next; each has its own time limit and a log. A short table comes last.
 #
 #   benchmarks/gpu_report.sh              results in benchmarks/results/<gpu>-<date>
@@ -71,11 +71,16 @@ step "host cost" 60 steps.log "$PYTHON" -m benchmarks.bench_overhead --device "$
 cp "$WORK/overhead/overhead.json" "$OUT/" 2>/dev/null
 if [ -n "$GPU" ]; then
     step "launches" 60 steps.log "$PYTHON" -m benchmarks.launches
-    LIMIT=110
+    LIMIT=90
+    LENGTHS=16384,65536
 else
     skip "launches" "no GPU"
-    LIMIT=100
+    LIMIT=80
+    LENGTHS=4096
 fi
+# nothing is begun after its own limit, below the step's: what is measured by then is reported
+step "masks" 75 steps.log "$PYTHON" -m benchmarks.bench_masks --device "$DEVICE" "${QUICK_FLAG[@]}" --lengths "$LENGTHS" \
+    --budget 0.3 --limit 45 --out "$WORK/masks"
 # a worker writes after every operation, so that its own limit, below the step's, ends it with what it has
 step "merge" $((LIMIT + 30)) steps.log "$PYTHON" -m benchmarks.bench_merge --device "$DEVICE" "${QUICK_FLAG[@]}" \
     --pages default --budget 0.5 --limit "$LIMIT" --out "$OUT"
@@ -114,6 +119,8 @@ done
     fi
     echo "## Host cost"; echo
     [ -f "$WORK/overhead/overhead.md" ] && sed -n '/^| us/,$p' "$WORK/overhead/overhead.md"
+    echo; echo "## Masks"
+    [ -f "$WORK/masks/masks.md" ] && sed -n '/^- /p;/^## Targets/,$p' "$WORK/masks/masks.md" | sed 's/^## /### /'
     echo; echo "## Targets"; echo
     [ -f "$OUT/results.md" ] && sed -n '/^## Targets/,/^## /p' "$OUT/results.md" | grep -v '^## '
     echo "## Tests"; echo

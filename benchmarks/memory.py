@@ -20,19 +20,32 @@ def transient_bytes(run: Callable[[], Any], device: str = "cpu", *, warm: bool =
 
     warm: `run` has run before; what is made once (caches, compiled code) is not transient memory.
     """
+    peak, held = _peak_and_held(run, device, warm)
+    return peak - held
+
+
+def peak_bytes(run: Callable[[], Any], device: str = "cpu", *, warm: bool = False) -> int:
+    """The same with the result: all that `run` holds at its highest point."""
+    return _peak_and_held(run, device, warm)[0]
+
+
+def _peak_and_held(run: Callable[[], Any], device: str, warm: bool) -> tuple[int, int]:
     if not warm:
         run()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         result = run()
         torch.cuda.synchronize()
-        transient = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        found = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         del result
-        return transient
+        return found
     kernels = native("auto")
+    before = 0
     if kernels is not None:
         kernels.reset_peak()
+        before = kernels.memory()[0]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
     made, most, _ = kernels.memory() if kernels is not None else (0, 0, 0)
@@ -42,13 +55,14 @@ def transient_bytes(run: Callable[[], Any], device: str = "cpu", *, warm: bool =
         held += event.nbytes()
         peak = max(peak, held)
     del result
-    return peak - held + most - made  # the two peaks need not come together: at most this
+    return peak + most - before, held + made - before  # the two peaks need not come together: at most this
 
 
-def resident_bytes(run: Callable[[], Any]) -> int | None:
+def resident_bytes(run: Callable[[], Any], *, warm: bool = False) -> int | None:
     """Growth of the process at the highest point of `run`, result included; Linux only, pages not yet given back
     by malloc are missed. None where the kernel does not let the mark be reset."""
-    run()
+    if not warm:
+        run()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

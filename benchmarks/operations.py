@@ -33,6 +33,7 @@ class Operation(NamedTuple):
     expected: Callable[[], tuple[Tensor, ...]]  # what every contestant but the plain copies must return
     plain: tuple[str, ...]  # contestants that do less than the operation: copies, and the bare lookup
     loose: tuple[str, ...] = ()  # contestants that sum in another order or precision: compared to a part in a hundred
+    tensors: Callable[[Any], tuple[Tensor, ...]] | None = None  # of a result that is neither a tensor nor a tuple of them
 
 
 def described(operation: Operation, batch: Batch) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def verify(operation: Operation) -> None:
         if contestant.prepare is not None:
             contestant.prepare()
         found = contestant.run()
+        if operation.tensors is not None:
+            found = operation.tensors(found)
         found = found if isinstance(found, tuple) else (found,)
         for index, (a, b) in enumerate(zip(found, expected, strict=True)):
             same = a.dtype == b.dtype and a.shape == b.shape

@@ -1,4 +1,4 @@
-"""What the row op should reach: thresholds, and whether a run reached them.
+"""What the row op and the masks should reach: thresholds, and whether a run reached them.
 
 Two columns: what it must reach, and what it aims at. All are ratios of medians measured side by side. LLC is the
 last-level cache. "huge" is a run with THP_MEM_ALLOC_ENABLE=1, "default" one without it.
@@ -12,6 +12,11 @@ from benchmarks.operations import OURS, PLANNED
 from benchmarks.timing import quantile
 
 HF, NANOVLM = "hf", "nanovlm"
+
+# contestants of bench_masks
+RENDERED, FROM_IDS = "vlm_fuse", "vlm_fuse, from document_ids"
+EAGER, COMPILED_MASK = "create_block_mask", "create_block_mask, compiled"
+FILL, FULL, FLEX = "fill_", "torch.full", "compiled flex_attention"
 
 
 class Target(NamedTuple):
@@ -61,6 +66,39 @@ TARGETS: list[Target] = [
     ),
 ]
 
+def _block_mask(name: str, length: str, other: str, limit: float) -> Target:
+    made = "of a mask" if name == RENDERED else "from document_ids"
+    return Target(f"BlockMask {made}: times faster than {other}", "BlockMask", length, "default", name, other, limit, limit, True)
+
+
+def _fill(operation: str, length: str, fill: str) -> Target:
+    where = "into memory that is there" if fill == FILL else "that allocates as well"
+    return Target(f"{operation}: time over a fill {where}", operation, length, "default", RENDERED, fill, 1.2, 1.2)
+
+
+MASK_TARGETS: list[Target] = [
+    *(
+        _block_mask(name, length, COMPILED_MASK, limit)
+        for name in (RENDERED, FROM_IDS)
+        for length, limit in (("4K", 50), ("16K", 200), ("64K", 400))
+    ),
+    *(_block_mask(name, length, EAGER, limit) for name in (RENDERED, FROM_IDS) for length, limit in (("4K", 800), ("16K", 4000))),
+    *(
+        _fill(operation, length, fill)
+        for operation in ("dense", "additive float32", "additive bfloat16")
+        for fill in (FILL, FULL)
+        for length in ("2K", "4K", "8K", "16K")
+    ),
+    Target("BlockMask: time over the attention that it serves", "beside FlexAttention", "32K", "gpu", RENDERED, FLEX, 0.01, 0.01),
+]
+
+#: limits on one figure of a mask, not on a ratio: text -> most.
+BLOCK_MASK_MIB = "BlockMask at T = 131072: MiB more, from document_ids on"
+MASK_STATE = "state of a mask: bytes a token and pair"
+GPU_MICROSECONDS = {"16K": 50.0, "64K": 150.0}
+GPU_WAITS = "BlockMask: waits of the host"
+MASK_LIMITS = {BLOCK_MASK_MIB: 64.0, MASK_STATE: 8.0, GPU_WAITS: 0.0}
+
 #: transient bytes a token, beyond the output and the fields asked for.
 TRANSIENT_PER_TOKEN = 64
 
@@ -76,13 +114,13 @@ class Reached(NamedTuple):
         return "aim" if better(self.target.aim) else "must" if better(self.target.must) else "MISSED"
 
 
-def evaluate(results: list[dict[str, Any]]) -> list[Reached]:
+def evaluate(results: list[dict[str, Any]], targets: list[Target] = TARGETS) -> list[Reached]:
     """Compare a run's results with the targets; targets that the run did not measure are left out.
 
-    results: entries of bench_merge: operation, batch, pages, times {contestant: [seconds, ...]}.
+    results: entries of bench_merge or bench_masks: operation, batch, pages, times {contestant: [seconds, ...]}.
     """
     reached = []
-    for target in TARGETS:
+    for target in targets:
         for result in results:
             if (result["operation"], result["pages"]) != (target.operation, target.pages):
                 continue
@@ -93,6 +131,11 @@ def evaluate(results: list[dict[str, Any]]) -> list[Reached]:
             values = _ratios(result["times"], target)
             reached.append(Reached(target, values[1], (values[0], values[2])))
     return reached
+
+
+def measured(text: str, batch: str, pages: str, most: float, value: float) -> Reached:
+    """One figure against its limit."""
+    return Reached(Target(text, "", batch, pages, "", "", most, most), value, (value, value))
 
 
 def _ratios(times: dict[str, list[float]], target: Target) -> tuple[float, float, float]:

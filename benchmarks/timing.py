@@ -115,6 +115,62 @@ def interleave(
     return Times(times, faults)
 
 
+class Turns(NamedTuple):
+    """What `take_turns` found: a median of each turn, and what the first call of each turn took by itself."""
+
+    times: Times
+    first: dict[str, list[float]]
+
+
+def take_turns(
+    contestants: list[Contestant],
+    *,
+    budget: float,
+    turn: float = 0.02,
+    calls: int = 12,
+    warmup: int = 1,
+    least: int = 3,
+    most: int = 30,
+    device: str = "cpu",
+    seed: int = 0,
+    tick: Callable[[], None] | None = None,
+) -> Turns:
+    """Time contestants of very different length in turn: microseconds beside seconds.
+
+    Each round gives every contestant a turn of several calls. The first call, after all the others' work, finds cold
+    caches and sleeping threads: that costs a short contestant more than the work itself, and is kept apart. The rest of the
+    turn counts with its median. A contestant whose call is longer than a turn makes only one call a round, which counts.
+
+    Args:
+        budget: seconds for the measured rounds; decides their number together with `least` and `most`.
+        turn: seconds of a turn, `calls`: its calls at most, beside the first.
+        warmup, device, seed, tick: as in `interleave`.
+    """
+    clock = _Cuda() if device == "cuda" else cpu_clock
+    longest: dict[str, float] = {}
+    for _ in range(max(1, warmup)):
+        longest = {contestant.name: _once(contestant, clock)[0] for contestant in contestants}
+    more = {name: min(calls, int(turn / max(seconds, 1e-9))) for name, seconds in longest.items()}
+    round_seconds = sum(seconds * (1 + more[name]) for name, seconds in longest.items())
+    rounds = max(least, min(most, int(budget / max(round_seconds, 1e-9))))
+    order, shuffle = list(contestants), random.Random(seed).shuffle
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    faults: dict[str, list[int]] = {contestant.name: [] for contestant in contestants}
+    first: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for _ in range(rounds):
+        shuffle(order)
+        for contestant in order:
+            name = contestant.name
+            cold = _once(contestant, clock)
+            rest = [_once(contestant, clock) for _ in range(more[name])] or [cold]
+            first[name].append(cold[0])
+            times[name].append(statistics.median(seconds for seconds, _ in rest))
+            faults[name].append(statistics.median_low(faulted for _, faulted in rest))
+        if tick is not None:
+            tick()
+    return Turns(Times(times, faults), first)
+
+
 def _once(contestant: Contestant, clock) -> tuple[float, int]:
     if contestant.prepare is not None:
         contestant.prepare()
