@@ -75,17 +75,25 @@ VLM_FUSE_HD int32_t window_begin(const Attend& attend, const QueryRow& query) {
   return query.row - attend.window + 1;
 }
 
+// What kind, window and chunk let the row see of its document.
+VLM_FUSE_HD Interval own_document(const Attend& attend, const QueryRow& query) {
+  const int32_t row = query.row;
+  const Interval document = query.document;
+  Interval keys = {window_begin(attend, query), row + 1};
+  if (attend.full) keys.end = attend.window == 0 ? document.end : smaller(document.end, add_capped(row, attend.window));
+  if (attend.chunk_size != 0) {
+    keys.begin = larger(keys.begin, row - (row - document.begin) % attend.chunk_size);
+    keys.end = smaller(keys.end, add_capped(keys.begin, attend.chunk_size));
+  }
+  return keys;
+}
+
 // Everything the row sees, padding inside its document included.
 VLM_FUSE_HD IntervalUnion visible(const Attend& attend, const QueryRow& query) {
   const int32_t row = query.row;
   const Interval document = query.document;
   const bool in_image = query.image.begin < query.image.end;
-  Interval base = {window_begin(attend, query), row + 1};
-  if (attend.full) base.end = attend.window == 0 ? document.end : smaller(document.end, add_capped(row, attend.window));
-  if (attend.chunk_size != 0) {
-    base.begin = larger(base.begin, row - (row - document.begin) % attend.chunk_size);
-    base.end = smaller(base.end, add_capped(base.begin, attend.chunk_size));
-  }
+  Interval base = own_document(attend, query);
   if (in_image && attend.images == ImageAttention::kBidirectionalWindowed) base.end = larger(base.end, query.image.end);
   IntervalUnion keys;
   keys.add(base);

@@ -49,12 +49,31 @@ struct Shape {
   int64_t rows, columns;  // blocks of query rows, of keys
 };
 
+// Keys to blocks. Nearly all sizes are powers of two, for which a division is a shift.
+class BlockSize {
+ public:
+  explicit BlockSize(int64_t size) : size_(static_cast<uint32_t>(size)) {
+    if ((size_ & (size_ - 1)) != 0) return;
+    for (shift_ = 0; (uint32_t{1} << shift_) != size_;) ++shift_;
+  }
+
+  int32_t down(int32_t key) const { return divide(static_cast<uint32_t>(key)); }
+  int32_t up(int32_t key) const { return divide(static_cast<uint32_t>(key) + size_ - 1); }
+
+ private:
+  int32_t divide(uint32_t key) const { return static_cast<int32_t>(shift_ >= 0 ? key >> shift_ : key / size_); }
+
+  uint32_t size_;
+  int shift_ = -1;
+};
+
 class RowClasses {
  public:
   RowClasses(const MaskIntervals& mask, const Blocks& blocks, Shape shape)
       : mask_(mask),
         blocks_(blocks),
         shape_(shape),
+        size_(blocks.kv_size),
         touching_(static_cast<size_t>(shape.columns + 1)),
         covering_(static_cast<size_t>(shape.columns + 1)) {}
 
@@ -89,13 +108,16 @@ class RowClasses {
     Interval keys[2];
     const int found = mask_.at(row, keys);
     for (int i = 0; i < found; ++i) {
-      if (keys[i].begin == before_.begin && keys[i].end == before_.end) {
-        // rows of one document often see the same keys
-      } else {
-        before_ = keys[i];
-        const int64_t begin = keys[i].begin, end = keys[i].end, size = blocks_.kv_size;
-        touched_ = {static_cast<int32_t>(begin / size), static_cast<int32_t>((end - 1) / size + 1)};
-        covered_ = {static_cast<int32_t>((begin + size - 1) / size), static_cast<int32_t>(end / size)};
+      // rows of one document often begin, or end, at the same key
+      if (keys[i].begin != begin_) {
+        begin_ = keys[i].begin;
+        touched_.begin = size_.down(begin_);
+        covered_.begin = size_.up(begin_);
+      }
+      if (keys[i].end != end_) {
+        end_ = keys[i].end;
+        touched_.end = size_.up(end_);
+        covered_.end = size_.down(end_);
       }
       ++touching_[static_cast<size_t>(touched_.begin)];
       --touching_[static_cast<size_t>(touched_.end)];
@@ -108,8 +130,10 @@ class RowClasses {
   const MaskIntervals& mask_;
   const Blocks blocks_;
   const Shape shape_;
+  const BlockSize size_;
   std::vector<int32_t> touching_, covering_;
-  Interval before_{-1, -1}, touched_{}, covered_{};  // the last interval, in blocks
+  int32_t begin_ = -1, end_ = -1;       // the last interval, in keys
+  Interval touched_{}, covered_{};      // and in blocks
 };
 
 constexpr int64_t kTile = 64;  // columns: a cache line of classes

@@ -19,6 +19,42 @@ class MaskRow {
     find_documents();
   }
 
+  // Whether the rules of every row are those of its document alone: then `plain_row` says all.
+  bool is_plain() const {
+    return holes_.empty() && rows_.attend.sinks == 0 && rows_.prefix == 0 && rows_.prefix_lengths == nullptr &&
+           !rows_.parent_ids && (images_ == nullptr || rows_.attend.images == ImageAttention::kCausal);
+  }
+
+  // Writes the one interval of every row of a plain output row.
+  void write_plain(int32_t* lo, int32_t* hi) const {
+    int32_t done = 0;
+    auto padding = [&](int32_t end) {
+      std::fill(lo + done, lo + end, 0);
+      std::fill(hi + done, hi + end, 0);
+    };
+    for (const Interval& run : runs_) {
+      padding(run.begin);
+      done = run.end;
+      if (rows_.attend.window == 0 && rows_.attend.chunk_size == 0) {
+        std::fill(lo + run.begin, lo + run.end, run.begin);
+        if (rows_.attend.full) {
+          std::fill(hi + run.begin, hi + run.end, run.end);
+        } else {
+          for (int32_t q = run.begin; q < run.end; ++q) hi[q] = q + 1;
+        }
+        continue;
+      }
+      QueryRow query{};
+      query.document = run;
+      for (query.row = run.begin; query.row < run.end; ++query.row) {
+        const Interval keys = own_document(rows_.attend, query);
+        lo[query.row] = keys.begin;
+        hi[query.row] = keys.end;
+      }
+    }
+    padding(width_);
+  }
+
   template <class Each>
   void for_each(Each&& each) {
     QueryRow query{};
@@ -105,6 +141,14 @@ MaskResult intervals(const MaskRows& rows, const MaskOut& out) {
   for (int64_t g = 0; g < rows.rows; ++g) {
     line.enter(g);
     const int64_t offset = g * rows.width;
+    if (line.is_plain()) {
+      line.write_plain(out.lo + offset, out.hi + offset);
+      if (out.lo2 != nullptr) {
+        std::fill(out.lo2 + offset, out.lo2 + offset + rows.width, 0);
+        std::fill(out.hi2 + offset, out.hi2 + offset + rows.width, 0);
+      }
+      continue;
+    }
     line.for_each([&](int32_t q, const Interval* keys, bool fits) {
       const int64_t at = offset + q;
       const Interval first = keys == nullptr ? Interval{0, 0} : keys[0];

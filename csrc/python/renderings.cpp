@@ -110,8 +110,9 @@ PyObject* py_segments(PyObject* const* args) {
   new_tensors(&wanted, 1, &made);
   int64_t* to = static_cast<int64_t*>(wanted.data);
   for (const Segment& segment : found) {
-    const int64_t fields[] = {segment.sample,  segment.row_begin, segment.row_end, segment.key_begin,
-                              segment.key_end, static_cast<int64_t>(segment.kind), segment.window};
+    const int64_t fields[] = {segment.sample,    segment.row_begin, segment.row_end,
+                              segment.key_begin, segment.key_end,   static_cast<int64_t>(segment.kind),
+                              segment.window};
     to = std::copy(fields, fields + 7, to);
   }
   return made;
