@@ -143,7 +143,7 @@ def _segment_by_segment(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, sca
         parts = zip(q.split(1), k.split(1), v.split(1))
         made = [_of_sample(*part, mask, sample, pieces, scale) for sample, (part, pieces) in enumerate(zip(parts, samples))]
         out = torch.cat(made) if made else _zeros(q, v)
-    if out.requires_grad or not torch.is_grad_enabled():
+    if out.requires_grad or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return out
     return out + sum(x[:0].sum() for x in (q, k, v))  # nobody sees anything: the gradients are zeros, not missing
 
