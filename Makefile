@@ -31,8 +31,11 @@ help:
 demo: $(READY)
 	@$(PYTHON) -m examples.demo $(ARGS)
 
+# a file stays in one process: what its tests share is made once
+PARALLEL = $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist loadfile)
+
 test: $(READY)
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
 info: $(READY)
 	@$(PYTHON) -m vlm_fuse info

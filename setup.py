@@ -1,8 +1,10 @@
-"""Builds vlm_fuse/_native with ninja. Without a compiler the Python part is installed, and the reason is kept.
+"""Builds vlm_fuse/_native, and vlm_fuse/_cuda where there is nvcc, with ninja. Without a compiler the Python part is installed,
+and the reason is kept.
 
-VLM_FUSE_NATIVE=0 skips the module, =1 makes a failure an error. VLM_FUSE_CUDA likewise, for CUDA kernels.
+VLM_FUSE_NATIVE=0 skips the CPU module, =1 makes a failure an error. VLM_FUSE_CUDA likewise, for the CUDA module.
 """
 
+import functools
 import json
 import os
 import platform
@@ -16,8 +18,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MODULE = "vlm_fuse._native"
+NATIVE = "vlm_fuse._native"
+CUDA = "vlm_fuse._cuda"
+VARIABLES = {NATIVE: "VLM_FUSE_NATIVE", CUDA: "VLM_FUSE_CUDA"}
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall", "-Wextra"]
+#: machine code for these, which others of the same major version run too (86, 89, 103), and PTX of the last for those that come.
+ARCHITECTURES = (80, 90, 100, 120)
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+#: what both modules take from csrc/python.
+SHARED = ("attached.cpp", "batch_arguments.cpp", "row_arguments.cpp", "tensors.cpp", "usual_call.cpp", "versions.cpp")
 
 
 def asked(variable: str) -> str:
@@ -30,63 +39,108 @@ def asked(variable: str) -> str:
 
 class BuildNative(build_ext):
     def run(self):
-        info = {"native": False, "reason": "switched off by VLM_FUSE_NATIVE=0", "cuda": cuda()}
-        inplace = self.inplace  # the base class leaves it changed where the build fails
-        if asked("VLM_FUSE_NATIVE") != "0":
-            try:
-                super().run()
-                info.update(native=True, reason=f"compiled by {self.compiled_by}")
-            except Exception as error:
-                if asked("VLM_FUSE_NATIVE") == "1":
-                    raise
-                info["reason"] = f"not compiled: {error}"
-                print(f"vlm_fuse: the native module was {info['reason']}\nvlm_fuse: installing without it", file=sys.stderr)
+        inplace = self.inplace  # the base class leaves it changed where something fails
+        self.built = {}
+        try:
+            super().run()
+        except Exception as error:  # before anything was tried: no compiler that setuptools knows
+            for name in (NATIVE, CUDA):
+                self.attempt(name, functools.partial(raise_, error))
         self.inplace = inplace
+        info = {"native": self.built[NATIVE]["compiled"], "reason": self.built[NATIVE]["reason"], "cuda": self.built[CUDA]}
         for folder in self.folders():
             folder.mkdir(parents=True, exist_ok=True)
-            if not info["native"]:
-                for stale in folder.glob("_native.*"):
-                    stale.unlink()
+            for name, module in self.built.items():
+                if not module["compiled"]:
+                    for stale in folder.glob(f"{name.rpartition('.')[2]}.*"):
+                        stale.unlink()
             (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
+    def attempt(self, name, build):
+        """One module; a failure is told, and is an error only where the module was asked for."""
+        if name in self.built:
+            return
+        variable = VARIABLES[name]
+        wanted = asked(variable)
+        if wanted == "0":
+            self.built[name] = {"compiled": False, "reason": f"switched off by {variable}=0"}
+            return
+        try:
+            self.built[name] = {"compiled": True, "reason": f"compiled by {build()}"}
+        except Exception as error:
+            if wanted == "1":
+                raise SystemExit(f"{variable}=1: {error}") from error
+            self.built[name] = {"compiled": False, "reason": f"not compiled: {error}"}
+            print(f"vlm_fuse: {name} was not compiled: {error}\nvlm_fuse: installing without it", file=sys.stderr)
+
     def folders(self):
-        """Where the module stands: what gets installed, and the source package in development."""
+        """Where the modules stand: what gets installed, and the source package in development."""
         inplace, self.inplace = self.inplace, False
-        folders = [Path(self.get_ext_fullpath(MODULE)).resolve().parent]
+        folders = [Path(self.get_ext_fullpath(NATIVE)).resolve().parent]
         self.inplace = inplace
         if inplace or getattr(self, "editable_mode", False):
             folders.append(ROOT / "vlm_fuse")
         return folders
 
     def build_extensions(self):
+        self.attempt(NATIVE, self.native)
+        self.attempt(CUDA, self.cuda)
+
+    def native(self) -> str:
+        compiler, linker = self.cxx()
+        self.ninja(NATIVE, [*(ROOT / "csrc/cpu").glob("*.cpp"), *(ROOT / "csrc/python").glob("*.cpp")], linker)
+        return version_of(compiler[0])
+
+    def cuda(self) -> str:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise RuntimeError("no nvcc (looked at NVCC, CUDA_HOME, PATH, /usr/local/cuda)")
+        sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/python/cuda").glob("*.cpp"), *(ROOT / "csrc/python" / name for name in SHARED)]
+        # static, so that the module loads where there is no CUDA, and can say so
+        self.ninja(CUDA, sources, [nvcc, "-shared", "-cudart", "static"], nvcc)
+        return f"nvcc {version_of(nvcc, 'release ')} for sm_{', sm_'.join(map(str, ARCHITECTURES))}"
+
+    def cxx(self):
+        """(compiler, linker) of C++ as lists."""
+        compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        # older setuptools know the C linker alone, which leaves out the C++ library
+        linker = getattr(self.compiler, "linker_so_cxx", None) or self.compiler.compiler_cxx[:1] + self.compiler.linker_so[1:]
+        return compiler, linker
+
+    def ninja(self, name, sources, linker, nvcc=None):
         import ninja
         import pybind11
         from ninja.ninja_syntax import Writer
 
-        compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
-        # older setuptools know the C linker alone, which leaves out the C++ library
-        linker = getattr(self.compiler, "linker_so_cxx", None) or self.compiler.compiler_cxx[:1] + self.compiler.linker_so[1:]
-        self.compiled_by = version_of(compiler[0])
-        target = Path(self.get_ext_fullpath(MODULE)).resolve()
-        work = Path(self.build_temp).resolve()
+        target = Path(self.get_ext_fullpath(name)).resolve()
+        work = Path(self.build_temp).resolve() / name
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{folder}" for folder in [pybind11.get_include(), *self.compiler.include_dirs]]
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+        targets.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
         with open(work / "build.ninja", "w") as file:
             writer = Writer(file)
             writer.variable("flags", shlex.join(FLAGS + includes))
-            writer.rule("compile", shlex.join(compiler) + " $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc", description="compile $in")
+            writer.rule("compile", shlex.join(self.cxx()[0]) + " $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc", description="compile $in")
+            if nvcc:
+                writer.variable("nvcc_flags", shlex.join(NVCC_FLAGS + targets))
+                writer.rule("nvcc", f"{path(Path(nvcc))} $nvcc_flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc", description="compile $in")
             writer.rule("link", shlex.join(linker) + " $in -o $out", description="link $out")
             objects = []
-            for source in sorted((ROOT / "csrc").rglob("*.cpp")):
+            for source in sorted(sources):
                 out = work / source.relative_to(ROOT).with_suffix(".o")
-                objects += writer.build(path(out), "compile", path(source))
+                objects += writer.build(path(out), "nvcc" if source.suffix == ".cu" else "compile", path(source))
             writer.build(path(target), "link", objects)
         command = [shutil.which("ninja", path=ninja.BIN_DIR) or "ninja", "-C", str(work)]
         ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(ran.stdout)
         if ran.returncode:
             raise RuntimeError(first_error(ran.stdout))
+
+
+def raise_(error):
+    raise error
 
 
 def path(file: Path) -> str:
@@ -102,25 +156,23 @@ def first_error(log: str) -> str:
     return next((line for line in lines if any(mark in line for mark in marks)), (lines or ["ninja failed"])[-1])
 
 
-def version_of(compiler: str) -> str:
+def version_of(compiler: str, mark: str = "") -> str:
+    """The first line of what it says of itself, or what follows `mark` there."""
     ran = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return ran.stdout.splitlines()[0] if ran.stdout else compiler
+    line = next((line for line in ran.stdout.splitlines() if mark in line), compiler)
+    return line.partition(mark)[2].partition(",")[0] if mark else line
 
 
-def cuda() -> dict:
-    """What there is to say about CUDA kernels: this version has none to compile."""
+def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [os.environ.get("NVCC"), home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    nvcc = next((place for place in places if place and shutil.which(place)), None)
-    if asked("VLM_FUSE_CUDA") == "1":
-        raise SystemExit("VLM_FUSE_CUDA=1: this version has no CUDA kernels; GPUs are served by Triton")
-    return {"compiled": False, "nvcc": nvcc, "reason": "this version has no CUDA kernels; GPUs are served by Triton"}
+    return next((place for place in places if place and shutil.which(place)), None)
 
 
 if platform.system() == "Windows":
     extensions = []
 else:
-    # optional: the editable install must not fail where the module is missing
-    extensions = [Extension(MODULE, sources=[], optional=True)]
+    # optional: the editable install must not fail where a module is missing
+    extensions = [Extension(name, sources=[], optional=True) for name in (NATIVE, CUDA)]
 
 setup(license="Apache-2.0", ext_modules=extensions, cmdclass={"build_ext": BuildNative})

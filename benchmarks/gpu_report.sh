@@ -71,6 +71,7 @@ step "host cost" 60 steps.log "$PYTHON" -m benchmarks.bench_overhead --device "$
 cp "$WORK/overhead/overhead.json" "$OUT/" 2>/dev/null
 if [ -n "$GPU" ]; then
     step "launches" 60 steps.log "$PYTHON" -m benchmarks.launches
+    step "launches, triton" 60 steps.log env VLM_FUSE_BACKEND=triton "$PYTHON" -m benchmarks.launches
     LIMIT=90
     LENGTHS=16384,65536
 else
@@ -84,6 +85,14 @@ step "masks" 75 steps.log "$PYTHON" -m benchmarks.bench_masks --device "$DEVICE"
 # a worker writes after every operation, so that its own limit, below the step's, ends it with what it has
 step "merge" $((LIMIT + 30)) steps.log "$PYTHON" -m benchmarks.bench_merge --device "$DEVICE" "${QUICK_FLAG[@]}" \
     --pages default --budget 0.5 --limit "$LIMIT" --out "$OUT"
+
+NCU=$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | head -1)
+if [ -z "$GPU" ] || [ -z "$NCU" ]; then
+    skip "ncu" "$([ -z "$GPU" ] && echo no GPU || echo not installed)"
+else
+    step "ncu" 60 steps.log bash -c "'$NCU' --csv --kernel-name-base demangled --kernel-name regex:vlm_fuse\|_kernel \
+        --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum '$PYTHON' -m benchmarks.profiled > '$WORK/ncu.csv'"
+fi
 
 WORKERS=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n "$(( $(nproc) < 8 ? $(nproc) : 8 ))")
@@ -123,6 +132,11 @@ done
     [ -f "$WORK/masks/masks.md" ] && sed -n '/^- /p;/^## Targets/,$p' "$WORK/masks/masks.md" | sed 's/^## /### /'
     echo; echo "## Targets"; echo
     [ -f "$OUT/results.md" ] && sed -n '/^## Targets/,/^## /p' "$OUT/results.md" | grep -v '^## '
+    if [ -s "$WORK/ncu.csv" ]; then
+        echo "## DRAM throughput and time by ncu"; echo
+        "$PYTHON" -m benchmarks.ncu_table "$WORK/ncu.csv"
+        echo
+    fi
     echo "## Tests"; echo
     tail -n 3 "$OUT/tests.log"
     echo

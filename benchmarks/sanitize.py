@@ -57,12 +57,21 @@ def outputs(tensors: tuple[torch.Tensor, ...], backend: str) -> list[torch.Tenso
             merged.cu_seqlens,
             merged.kv_lo,
             merged.kv_hi,
+            merged.mask.dense(),
+            merged.mask.bits(),
+            merged.mask.block_mask(BLOCK_SIZE=16).kv_indices,
         ]
         weight, features = weight.detach().requires_grad_(), features.detach().requires_grad_()
         rows = vlm_fuse.merge(
             ids, None, features, image_token_id=IMAGE, weight=weight, embed_scale=1.5, attention_mask=mask, layout=layout, backend=backend
         ).inputs_embeds
         found += [rows.detach(), *torch.autograd.grad(rows, (weight, features), torch.ones_like(rows))]
+        there = torch.ones_like(weight)
+        rows = vlm_fuse.merge(
+            ids, None, features, image_token_id=IMAGE, weight=weight, weight_grad=there, attention_mask=mask, layout=layout, backend=backend
+        ).inputs_embeds
+        rows.sum().backward()
+        found.append(there.detach())
     written = text.detach().clone()
     vlm_fuse.merge(ids, written, features.detach(), image_token_id=IMAGE, out=written, backend=backend)
     return [*found, written]

@@ -8,7 +8,7 @@ namespace dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
 
-constexpr int32_t kCPU = 1;  // DLDeviceType
+constexpr int32_t kCPU = 1, kCUDA = 2;  // DLDeviceType
 
 enum DataTypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 

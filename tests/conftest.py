@@ -1,4 +1,8 @@
-"""Backends present, poisoned allocations, and what hypothesis may spend."""
+"""Backends present, poisoned allocations, and what hypothesis may spend.
+
+Without a GPU the GPU's backends run here all the same, on CPU tensors: Triton on its interpreter, CUDA on the emulator of
+tests/emulator. A CUDA kernel that does not compile ends the session.
+"""
 
 import os
 
@@ -12,7 +16,13 @@ if not torch.cuda.is_available():
 import hypothesis
 import pytest
 
-import vlm_fuse
+from emulator import build
+
+EMULATOR_MISSING = build.missing()
+if not torch.cuda.is_available() and EMULATOR_MISSING is None:
+    build.install()  # before vlm_fuse looks for its backends
+
+import vlm_fuse  # noqa: E402
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.register_profile("search", parent=hypothesis.settings.get_profile("suite"), derandomize=False, max_examples=2000)
@@ -30,11 +40,12 @@ def _devices(name: str) -> list[str]:
 
 
 def pytest_report_header(config):
-    return [f"vlm_fuse backend {name}: {'yes' if info.available else 'no'}: {info.reason}" for name, info in vlm_fuse.backends().items()]
+    lines = [f"vlm_fuse backend {name}: {'yes' if info.available else 'no'}: {info.reason}" for name, info in vlm_fuse.backends().items()]
+    return lines + ([f"CUDA kernels are not emulated: {EMULATOR_MISSING}"] if EMULATOR_MISSING else [])
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all cases under Triton's interpreter too, not every nth of the long lists")
+    parser.addoption("--full", action="store_true", help="everything: all cases under Triton's interpreter, not every nth of the long lists, and the tests marked full")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,6 +54,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            left_out.append(item)
+            continue
         thinned = item.get_closest_marker("thinned")
         if interpreted and thinned and hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
             number = seen[item.function] = seen.get(item.function, -1) + 1

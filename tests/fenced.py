@@ -146,6 +146,11 @@ def main(backend: str) -> None:
     faulthandler.enable()
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:0] = [here, os.path.dirname(here)]
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels of a GPU run on the host here, also where there is one
+    if backend == "cuda":
+        from emulator import build
+
+        build.install()
     import vlm_fuse
     from cases import BY_NAME, SPECIAL
     from checking import merge

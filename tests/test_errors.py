@@ -503,3 +503,13 @@ def test_the_variable_names_a_backend(monkeypatch):
     with pytest.raises(ValueError, match="no_such_backend"):
         vlm_fuse.merge(**GOOD)
     vlm_fuse.merge(**GOOD, backend="reference")
+
+
+@pytest.mark.parametrize("layout", ["keep", "packed"])
+def test_ids_that_nobody_looks_up_may_be_any(layout, backend, device):
+    ids = torch.tensor([[-7, 9, 2**40], [2, -1, 9]], device=device)
+    given = dict(image_token_id=9, layout=layout, length=6 if layout == "packed" else None, backend=backend)
+    for validate in ("sync", "async"):
+        out = vlm_fuse.merge(ids, torch.zeros(2, 3, 4, device=device), torch.ones(2, 4, device=device), validate=validate, **given)
+        vlm_fuse.raise_errors()
+        assert out.inputs_embeds[..., 0].flatten().tolist() == [0, 1, 0, 0, 0, 1]

@@ -130,6 +130,6 @@ def test_backends_import_no_other_backend(module):
     for node in ast.walk(ast.parse((ROOT / "vlm_fuse" / "kernels" / f"{module}.py").read_text())):
         if isinstance(node, ast.ImportFrom):
             names = {node.module or "", *(alias.name for alias in node.names)}
-            mine, other = ("triton", "native") if module.startswith("triton") else ("native", "triton_")
-            assert not any(name.split(".")[-1].startswith(other) for name in names), names
+            others = {"triton", "cuda", "native"} - {module.partition("_")[0]}
+            assert not any(name.split(".")[-1].partition("_")[0] in others for name in names if name != "triton"), names
             assert "reference" not in names

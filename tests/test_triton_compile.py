@@ -2,7 +2,7 @@
 
 The kernels' own launchers run on CPU tensors with launching replaced by a recorder, so that what is compiled is what would
 be launched: the same arguments, constants and specialisation. That needs a process without Triton's interpreter: this file
-run as a script, once for all tests.
+run as a script, once for all tests, in two processes that take some of the targets each.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ triton = pytest.importorskip("triton") if __name__ != "__main__" else None
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 TARGETS = (*NVIDIA, *AMD)
+#: of each process. The one with MAIN also looks at launches and keys, and at the cases that are compiled for one GPU.
+MAIN = "sm_90"
+PARTS = (("sm_80", "gfx942"), (MAIN, "sm_100"))
 ROW_KERNELS = ("rows_kernel", "gather_kernel", "weight_kernel")
 
 # (name, hidden size, dtype of out or grad, of the text or its gradient, of the features or theirs, what else)
@@ -237,7 +241,7 @@ DENSE = ("bool", "bfloat16", "float32", "float64", "uint8")
 PLANS = {"keep": (0, 0, False), "packed_documents": (0, 2, True), "expand_padded": (1, 1, False), "images_first": (2, 2, False)}
 
 
-def main():
+def main(wanted):
     from triton.backends.compiler import GPUTarget
 
     targets = {name: GPUTarget("cuda", int(name[3:]), 32) for name in NVIDIA} | {name: GPUTarget("hip", name, 64) for name in AMD}
@@ -247,7 +251,7 @@ def main():
     def note(case, launches, names):
         seen = set()
         for launch in launches:
-            for name in names:
+            for name in wanted & {*names}:
                 _, key = specialised(launch, targets[name])
                 if (launch[0].__name__, name, key) not in seen:
                     seen.add((launch[0].__name__, name, key))
@@ -261,17 +265,17 @@ def main():
         launches = recorder.of(run_plan, *arguments)
         found["launches"][case] = [launch[0].__name__ for launch in launches]
         # these kernels compile for seconds: the fullest case for every GPU, the others for one
-        note(case, launches, TARGETS if case == "packed_documents" else ("sm_90",))
+        note(case, launches, TARGETS if case == "packed_documents" else (MAIN,))
     note("masks", recorder.of(run_masks), TARGETS)
     for dtype in DENSE:
         found["launches"][f"dense_{dtype}"] = [launch[0].__name__ for launch in recorder.of(run_dense, dtype)]
         note(f"dense_{dtype}", recorder.of(run_dense, dtype), TARGETS)
-        note(f"dense_{dtype}", recorder.of(run_dense, dtype, False), ("sm_90",))
-    note("dense_float16", recorder.of(run_dense, "float16"), ("sm_90",))
+        note(f"dense_{dtype}", recorder.of(run_dense, dtype, False), (MAIN,))
+    note("dense_float16", recorder.of(run_dense, "float16"), (MAIN,))
     found["launches"]["block_map"] = [launch[0].__name__ for launch in recorder.of(run_block_map)]
     note("block_map", recorder.of(run_block_map), TARGETS)
-    note("block_map", recorder.of(run_block_map, False), ("sm_90",))
-    for case, steps in STEPS.items():
+    note("block_map", recorder.of(run_block_map, False), (MAIN,))
+    for case, steps in STEPS.items() if MAIN in wanted else ():
         keys = {}
         for call, arguments in steps:
             group = str(arguments[4].get("tensors")) if call is run_rows else ""
@@ -286,7 +290,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main({*sys.argv[1:]})
     sys.exit()
 
 
@@ -300,9 +304,15 @@ def found():
     with tempfile.TemporaryDirectory() as cache:
         # what is tested is the compiler's answer today, not yesterday's
         environment["TRITON_CACHE_DIR"] = cache
-        ran = subprocess.run([sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout)
+
+        def run(targets):
+            return subprocess.run([sys.executable, "-W", "ignore", __file__, *targets], capture_output=True, text=True, env=environment)
+
+        with ThreadPoolExecutor() as pool:
+            ran = list(pool.map(run, PARTS))
+    assert all(part.returncode == 0 for part in ran), "".join(part.stderr[-4000:] for part in ran)
+    parts = [json.loads(part.stdout) for part in ran]
+    return parts[1] | {"kernels": [kernel for part in parts for kernel in part["kernels"]]}
 
 
 def kernels(found, target=None, cases=None, names=None):

@@ -43,6 +43,7 @@ class RowCall(NamedTuple):
     dtype: torch.dtype
     validate: str
     backend: str
+    weight_grad: Tensor | None = None  # the weight's gradient is added to it in the backward
 
 
 def merge_rows(kernels, text: Tensor | None, weight: Tensor | None, features: tuple[Tensor, ...], call: RowCall, out: Tensor | None = None) -> Tensor:
@@ -53,6 +54,8 @@ def merge_rows(kernels, text: Tensor | None, weight: Tensor | None, features: tu
     table = text if weight is None else weight
     if kernels is None:
         _no_out(out)
+        if call.weight_grad is not None:
+            raise ValueError("weight_grad: refused under torch.compile, torch.func, dispatch modes and for tensor subclasses; leave it out")
         if ops.functorch_active():
             return _FunctionalMergeRows.apply(_Opaque(call), weight is not None, table, *features)
         return _op(text, weight, features, call)
@@ -68,7 +71,7 @@ def merge_rows(kernels, text: Tensor | None, weight: Tensor | None, features: tu
 
 
 def _run(kernels, text, weight, features, call: RowCall, out: Tensor | None) -> Tensor:
-    tokens, scale, starts, source_index, text_index, add, dtype, validate, _ = call
+    tokens, scale, starts, source_index, text_index, add, dtype, validate, _, _ = call
     if out is None:
         return ops.merge_rows(kernels, text, weight, tokens, scale, features, starts, source_index, text_index, add, dtype, validate)
     return ops.merge_rows_in_place(kernels, out, text, weight, tokens, scale, features, starts, source_index, text_index, add, validate)
@@ -144,7 +147,7 @@ def _double_backward(second: list[Tensor | None], grad_dtype: torch.dtype, call:
 
 
 def row_call(*fields) -> RowCall:
-    """A RowCall by position; its own __new__ takes twice as long."""
+    """A RowCall by position, all fields; its own __new__ takes twice as long."""
     return _new(RowCall, fields)
 
 
@@ -168,7 +171,7 @@ class _MergeRows(Function):
 
     @staticmethod
     def forward(ctx, kernels, call: RowCall, is_weight: bool, in_place: bool, table: Tensor, *features: Tensor):
-        tokens, scale, starts, source_index, text_index, add, dtype, validate, _ = call
+        tokens, scale, starts, source_index, text_index, add, dtype, validate, _, _ = call
         version = None if tokens is None else _version(tokens)
         # one attribute: each costs 0.1 us, and so does a NamedTuple more than a plain one
         ctx.held = kernels, call, (table.shape, table.dtype), is_weight, [(rows.shape, rows.dtype) for rows in features], version
@@ -185,10 +188,13 @@ class _MergeRows(Function):
         if grad is None:
             return (None,) * len(needs)
         kernels, call, table, is_weight, features, version = ctx.held
-        tokens, scale, starts, source_index, text_index, add, _, _, _ = call
+        tokens, scale, starts, source_index, text_index, add, _, _, backend, weight_grad = call
         if version is not None:
             _check_version(tokens, version)
         _, _, _, _, needs_table, *needs_features = needs
+        if weight_grad is not None and needs_table:
+            ops.accumulate_weight(ops.direct(backend, grad), grad, source_index, text_index, tokens, scale, add, weight_grad)
+            needs_table = False
         if kernels.MAKES_TENSORS and not is_compiling() and not is_grad_enabled():
             wanted_table = table if needs_table else None
             text, weight = (None, wanted_table) if is_weight else (wanted_table, None)

@@ -24,6 +24,7 @@ class _Entry(NamedTuple):
 #: in order of preference for a device.
 _TABLE = {
     "cpu": _Entry("vlm_fuse.kernels.native", ("cpu",)),
+    "cuda": _Entry("vlm_fuse.kernels.cuda_backend", ("cuda",)),
     "triton": _Entry("vlm_fuse.kernels.triton_backend", ("cuda", "xpu")),
     "reference": _Entry("vlm_fuse.reference", ()),
 }
@@ -49,15 +50,11 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     return (module if there else None), reason
 
 
-@functools.cache
-def _interpreted() -> bool:
-    """Triton's interpreter runs kernels on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _devices(name: str) -> tuple[str, ...]:
-    devices = _TABLE[name].devices
-    return (*devices, "cpu") if name == "triton" and _interpreted() else devices
+    """Kernels that are interpreted or emulated run on CPU tensors."""
+    devices, module = _TABLE[name].devices, _load(name)[0]
+    on_host = getattr(module, "EMULATED", False)
+    return (*devices, "cpu") if on_host else devices
 
 
 def backends() -> dict[str, BackendInfo]:

@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .attending import NO_LIMIT, Attend
 from .batch import (
@@ -191,6 +192,26 @@ def output_memory(out: Tensor, shape, dim: int, sources: tuple[Tensor, ...]) -> 
         raise ValueError(f"out: the elements of a row are {out.stride(-1)} apart; give a tensor whose last dimension is contiguous")
     if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
         raise ValueError("out: is expanded, several elements share one place in memory; give a contiguous tensor")
+
+
+def weight_gradient(weight_grad: Tensor, weight: Tensor | None) -> None:
+    """`weight_grad` can be added to: rows of the weight, contiguous, and something will be added."""
+    if weight is None:
+        raise ValueError("weight_grad: there is no weight; text embeddings that are given have a gradient of their own")
+    tensor("weight_grad", weight_grad)
+    dtype_of("weight_grad", weight_grad, ROW_DTYPES)
+    if weight_grad.shape != weight.shape:
+        raise ValueError(f"weight_grad: expected {tuple(weight.shape)} as weight, got {tuple(weight_grad.shape)}")
+    same_device("weight_grad", weight_grad, weight.device, "weight")
+    if not weight_grad.is_contiguous() or weight_grad.requires_grad:
+        raise ValueError("weight_grad: is written in place; give a contiguous tensor that requires no gradient")
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError("weight_grad: weight requires no gradient, so that nothing would be added; leave it out")
+    if not is_compiling() and weight_grad.numel():
+        start, stop = _extent(weight)
+        first, last = _extent(weight_grad)
+        if first < stop and start < last:
+            raise ValueError("weight_grad: shares memory with weight; give memory of its own")
 
 
 def _extent(value: Tensor) -> tuple[int, int]:

@@ -117,7 +117,8 @@ def segments(parts: Parts) -> list[tuple[int, ...]]:
         raise RuntimeError("varlen: reads the mask on the host, and a fake tensor has no values; use dense() or block_mask() while tracing")
     with outside_functorch() if functorch_active() else nullcontext():
         tensors = [None if part is None else unwrapped(part).cpu() for part in tensors]
-        return kernels_for(backend if backend != "triton" else "auto", tensors[0]).segments(*tensors, kv_length).tolist()
+        # the host has the mask now: a backend that is a GPU's alone does not count
+        return kernels_for("auto" if backend in ("cuda", "triton") else backend, tensors[0]).segments(*tensors, kv_length).tolist()
 
 
 def _op_of(name: str):

@@ -138,6 +138,7 @@ def merge(
     feature_counts=None,
     weight: Tensor | None = None,
     embed_scale: float | None = None,
+    weight_grad: Tensor | None = None,
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -170,6 +171,8 @@ def merge(
         feature_counts: ``(B,)`` rows that each sample owns, or a dict by placeholder id.
         weight: ``(V, D)`` embedding table: the lookup is fused, text embeddings are never materialised.
         embed_scale: factor of the looked-up rows, rounded to the weight's dtype (Gemma). Image rows are not scaled.
+        weight_grad: ``(V, D)`` an existing gradient of `weight`, contiguous, of any dtype of rows (fp32 for a bf16 weight): the backward
+            adds to it in place, without a dense gradient of its own, and ``weight.grad`` stays as it is. Eager calls only.
         attention_mask: ``(B, T)``, nonzero = token.
         labels: ``(B, T)`` int32 or int64.
         document_ids: ``(B, T)`` ids of the documents of rows that are packed already, below 0 = padding.
@@ -206,6 +209,8 @@ def merge(
         >>> out.position_ids, out.cu_seqlens, out.max_seqlen
         (tensor([[0, 1, 2, 3, 0, 1]]), tensor([0, 4, 6], dtype=torch.int32), 4)
 
+    Adding to a gradient that is there is what Megatron-LM's ``gradient_accumulation_fusion`` does for linear layers.
+
     Source: the merges it replaces are ``masked_scatter`` in huggingface/transformers and boolean indexing in
     huggingface/nanoVLM.
     """
@@ -224,9 +229,9 @@ def merge(
             and placeholder_mask is None is image_sizes is feature_counts
             and (embed_scale is None or (weight is not None and type(embed_scale) is float))
         ):
-            plan = _usual(asked, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, out)
+            plan, kernels = _usual(asked, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, out)
         if plan is not None:
-            quick, kernels = True, native(asked)
+            quick = True
             features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
         else:
             tokens = checks.batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids)
@@ -261,39 +266,62 @@ def merge(
         if out is inputs_embeds or torch.is_grad_enabled():
             records = torch.is_grad_enabled() and (text.requires_grad or any([rows.requires_grad for rows in features]))
             checks.output(out, inputs_embeds, plan.layout == "keep", records)
+    if weight_grad is not None:
+        checks.weight_gradient(weight_grad, weight)
     if validate == "auto":
         validate = "sync" if text.is_cpu else "async"
     add = plan._settings.combine == "add"
     call = row_call(
         None if weight is None else ops.unwrapped(input_ids).contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
-        text.dtype if out is None else out.dtype, validate, asked,
+        text.dtype if out is None else out.dtype, validate, asked, weight_grad,
     )  # fmt: skip
     return MergedBatch(merge_rows(kernels, inputs_embeds, weight, features, call, out), plan)
 
 
 def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, out):
-    """The TokenPlan of a batch of the usual form, recognised and planned in one native call; None: look at it piece by piece."""
-    if is_compiling():
-        return None
-    kernels = native(asked)
+    """(TokenPlan, kernels) of a batch of the usual form, recognised in one native call; (None, None): look at it piece by piece.
+
+    On the CPU the plan is made in that call. The CUDA kernels make it together with the rows: its tensors are not filled
+    before `kernels.rows` has run.
+    """
+    if is_compiling() or type(input_ids) is not Tensor:
+        return None, None
+    given = input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id
+    kernels = native(asked) if input_ids.is_cpu else None
     if kernels is None:
-        return None
+        kernels = ops.direct(asked, input_ids)
+        return _usual_on_device(kernels, chosen, given, out) if hasattr(kernels, "merge_usual") else (None, None)
     scheme, layout, left, unused, settings = chosen
     validate = settings.validate
     try:
         made = kernels.usual_plan(
-            input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, layout, left, unused,
-            settings.length, RAISE if validate == "auto" or validate == "sync" else status.for_mode(validate, _CPU), out,
-        )  # fmt: skip
+            *given, layout, left, unused, settings.length, RAISE if validate == "auto" or validate == "sync" else status.for_mode(validate, _CPU), out
+        )
     except RecordedError:  # found again on the long way, which knows the words for it
-        return None
+        return None, None
     if made is None:
-        return None
+        return None, None
     source_index, kinds, versions, facts = made
     batch = _new(Batch, (input_ids, attention_mask, document_ids, labels, kinds, None, None, scheme, layout, left, unused))
     if facts is not None:
-        return TokenPlan(batch, settings, source_index, versions=versions, step_facts=facts)
-    return TokenPlan(batch, settings, source_index, kernels.step_facts if document_ids is None else None, versions)
+        return TokenPlan(batch, settings, source_index, versions=versions, step_facts=facts), kernels
+    return TokenPlan(batch, settings, source_index, kernels.step_facts if document_ids is None else None, versions), kernels
+
+
+def _usual_on_device(kernels, chosen, given: tuple, out):
+    if out is not None and ops.mode_of(chosen.settings.validate, given[0]) == "sync":  # nothing may be written before the check
+        return None, None
+    made = kernels.merge_usual(chosen, *given, out)
+    if made is None:
+        return None, None
+    call, source_index, versions, facts, text_index, kv = made
+    settings = chosen.settings
+    plan = TokenPlan(call.batch, settings, source_index, versions=versions, step_facts=facts)
+    if text_index is not None:
+        plan.text_index = text_index
+    if kv is not None:
+        plan._masks[settings.attend] = IntervalMask._of((*kv, None, None), source_index.shape[1])
+    return plan, call
 
 
 def _check_memory(out: Tensor, plan: TokenPlan, text: Tensor, features: tuple[Tensor, ...]) -> None:

@@ -228,7 +228,8 @@ def merge_rows(kernels: ModuleType, text, weight, tokens, scale, features, start
         status_ = RAISE if validate == "sync" else status.for_mode(validate, source_index.device)
         made = kernels.rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, False, status_)
     except RecordedError as error:
-        raise checks.explain(error.record, input_ids=tokens) from None
+        # kernels that plan as well say of which batch
+        raise checks.explain(error.record, getattr(kernels, "batch", None), input_ids=tokens) from None
     return made if makes else out
 
 
@@ -268,6 +269,14 @@ def merge_rows_backward(
     text, weight = (None, table_like) if is_weight else (table_like, None)
     made = kernels.rows_backward(grad, source_index, text_index, tokens, scale, starts, add, text, weight, feature_likes)
     return made if makes else (table_like, *feature_likes)
+
+
+def accumulate_weight(kernels: ModuleType | None, grad, source_index, text_index, tokens, scale, add, weight_grad: Tensor) -> None:
+    """Add the weight's gradient to `weight_grad`."""
+    if kernels is None or torch.is_grad_enabled():
+        raise RuntimeError("weight_grad: the backward adds to it in place, which has no gradient of its own; leave it out where one is needed")
+    kernels.accumulate_weight(grad, source_index, text_index, tokens, scale, add, weight_grad)
+    torch.autograd.graph.increment_version(weight_grad)
 
 
 def feature_lists(likes: tuple) -> tuple[list, list[int], list[int]]:

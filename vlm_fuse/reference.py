@@ -486,11 +486,7 @@ def rows_backward(grad, source_index, text_index, tokens, scale, starts, add, gr
     dim = grad.shape[-1]
     grad = _table(grad)
     source = source_index.reshape(-1).long()
-    is_text = (source < 0) & (source != PAD)
-    token = -1 - source
-    if add:
-        token = torch.arange(len(source), device=source.device) if text_index is None else text_index.reshape(-1).long()
-        is_text = torch.ones_like(is_text) if text_index is None else is_text | ((source >= 0) & (token >= 0))
+    token, is_text = _text_of_rows(source, text_index, add)
     if grad_text is not None:
         wide = torch.float64 if torch.float64 in (grad.dtype, grad_text.dtype) else torch.float32
         total = torch.zeros(grad_text.shape[:-1].numel(), dim, dtype=wide, device=grad.device)
@@ -498,19 +494,41 @@ def rows_backward(grad, source_index, text_index, tokens, scale, starts, add, gr
         total.index_add_(0, token[inside], grad[inside].to(wide))
         grad_text.copy_(total.view(grad_text.shape))
     if grad_weight is not None:
-        wide = torch.float64 if torch.float64 in (grad.dtype, grad_weight.dtype) else torch.float32
-        ids = tokens.reshape(-1)
-        inside = is_text & (token < len(ids))
-        read = ids[token[inside]].long()
-        known = (read >= 0) & (read < len(grad_weight))
-        total = torch.zeros(grad_weight.shape, dtype=wide, device=grad.device)
-        total.index_add_(0, read[known], grad[inside][known].to(wide))
-        if scale is not None:
-            total *= torch.tensor(scale, dtype=grad_weight.dtype, device=grad.device).to(wide)
-        grad_weight.copy_(total)
+        grad_weight.copy_(_weight_gradient(grad, token[is_text], is_text, tokens, scale, grad_weight))
     for first, after, out in zip(starts, [*starts[1:], 2**62], grad_features):
         if out is not None:
             table = _table(out)
             here = (source >= first) & (source < min(after, first + len(table)))
             table.zero_()
             table[source[here] - first] = grad[here].to(out.dtype)
+
+
+def accumulate_weight(grad, source_index, text_index, tokens, scale, add, weight_grad) -> None:
+    """Add the embedding weight's gradient to what is in `weight_grad`: in fp32 (fp64 where either is), rounded once."""
+    token, is_text = _text_of_rows(source_index.reshape(-1).long(), text_index, add)
+    total = _weight_gradient(_table(grad), token[is_text], is_text, tokens, scale, weight_grad)
+    weight_grad.copy_(weight_grad.to(total.dtype) + total)
+
+
+def _text_of_rows(source: Tensor, text_index: Tensor | None, add: bool) -> tuple[Tensor, Tensor]:
+    """(token, whether there is one) of every output row."""
+    token = -1 - source
+    is_text = (source < 0) & (source != PAD)
+    if not add:
+        return token, is_text
+    if text_index is None:
+        return torch.arange(len(source), device=source.device), torch.ones_like(is_text)
+    token = text_index.reshape(-1).long()
+    return token, is_text | ((source >= 0) & (token >= 0))
+
+
+def _weight_gradient(grad, token, is_text, tokens, scale, like) -> Tensor:
+    """(V, D) in fp32 (fp64 where either is): the rows of `grad` added by token id, times the scale."""
+    wide = torch.float64 if torch.float64 in (grad.dtype, like.dtype) else torch.float32
+    ids = tokens.reshape(-1)
+    inside = token < len(ids)
+    read = ids[token[inside]].long()
+    known = (read >= 0) & (read < len(like))
+    total = torch.zeros(like.shape, dtype=wide, device=grad.device)
+    total.index_add_(0, read[known], grad[is_text][inside][known].to(wide))
+    return total if scale is None else total * torch.tensor(scale, dtype=like.dtype, device=grad.device).to(wide)

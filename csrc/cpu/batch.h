@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../rows.h"
+
 namespace vlm_fuse {
 
 enum class Scheme { kPlaceholders = 0, kExpand = 1, kImagesFirst = 2 };
@@ -14,9 +16,9 @@ struct Integers {
   const void* data = nullptr;
   int32_t bytes = 0;  // of one element
 
-  explicit operator bool() const { return data != nullptr; }
+  VLM_FUSE_HD explicit operator bool() const { return data != nullptr; }
 
-  int64_t operator[](int64_t index) const {
+  VLM_FUSE_HD int64_t operator[](int64_t index) const {
     switch (bytes) {
       case 1:
         return static_cast<const int8_t*>(data)[index];
@@ -39,7 +41,7 @@ struct Kind {
   const int64_t* sizes;         // `images` of them
   const int64_t* counts;        // rows that each sample owns; null: not given
 
-  bool sizes_known() const { return images >= 0; }
+  VLM_FUSE_HD bool sizes_known() const { return images >= 0; }
   int64_t size(int64_t image) const {
     const int64_t rows_of_image = rows_each >= 0 ? rows_each : sizes[image];
     return rows_of_image > 0 ? rows_of_image : 0;

@@ -12,7 +12,7 @@ struct Blocks {
   int64_t kv_size;  // keys of a block
 };
 
-inline int64_t block_count(int64_t length, int64_t size) { return (length + size - 1) / size; }
+VLM_FUSE_HD int64_t block_count(int64_t length, int64_t size) { return (length + size - 1) / size; }
 
 // Rows of block numbers: the chosen ones in order, then all others in order, and how many are chosen.
 struct BlockLists {

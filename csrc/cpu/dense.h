@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "mask_rows.h"
 
 namespace vlm_fuse {
@@ -14,6 +15,21 @@ struct DenseElement {
   uint64_t seen;
   uint64_t unseen;
 };
+
+// The smallest finite number of a type, repeated: all bits set but the lowest of the exponent.
+inline uint64_t lowest(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return 0xff7fffffff7fffffu;
+    case DType::kBF16:
+      return 0xff7fff7fff7fff7fu;
+    case DType::kF16:
+      return 0xfbfffbfffbfffbffu;
+    case DType::kF64:
+      return 0xffefffffffffffffu;
+  }
+  return 0;
+}
 
 void dense(const MaskIntervals& mask, const DenseElement& element, char* out);
 

@@ -2,14 +2,6 @@
 
 namespace vlm_fuse {
 
-double round_to(DType dtype, double value) {
-  if (dtype == DType::kF64) return value;
-  const float single = static_cast<float>(value);
-  if (dtype == DType::kBF16) return widen(narrow<bf16>(single));
-  if (dtype == DType::kF16) return widen(narrow<f16>(single));
-  return single;
-}
-
 Reader::Reader(const RowTable& table, bool scaled_, double scale_)
     : dtype(table.dtype),
       step(table.step),

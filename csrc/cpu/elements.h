@@ -17,8 +17,6 @@ struct alignas(64) Block {
 template <class Wide>
 constexpr DType kWide = sizeof(Wide) == 8 ? DType::kF64 : DType::kF32;
 
-double round_to(DType dtype, double value);
-
 // How the rows of one table are read. `scaled`: times `scale`, rounded to the table's type.
 struct Reader {
   Reader() = default;
@@ -52,9 +50,10 @@ class Writer {
            int64_t count) const;
 
   // The sum of `rows` rows in order, row(i) being the i-th, in fp64 where either side is, else in fp32; times `scale`
-  // rounded to the output's type, if `scaled`; rounded once.
+  // rounded to the output's type, if `scaled`; added to what is there, if `accumulate`; rounded once.
   template <class Row>
-  void total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const;
+  void total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale,
+             bool accumulate) const;
 
   void zero(char* to, int64_t count) const { zero_bytes(to, count * size_, store_); }
   void finish() const { finish_stores(store_); }
@@ -64,7 +63,8 @@ class Writer {
   void sum_in(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
               int64_t count) const;
   template <class Wide, class Row>
-  void total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale) const;
+  void total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale,
+                bool accumulate) const;
   int64_t first_block(const char* to, int64_t count) const;
   void put(char* to, const void* values, DType from, int64_t count, void* buffer) const;
   void sum_alike(char* to, const char* text, const char* feature, int64_t count) const;
@@ -75,8 +75,8 @@ class Writer {
 };
 
 template <class Wide, class Row>
-void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled,
-                      double scale) const {
+void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale,
+                      bool accumulate) const {
   constexpr DType wide = kWide<Wide>;
   Block sum, more;
   int64_t n = first_block(to, dim);
@@ -87,17 +87,21 @@ void Writer::total_in(char* to, int64_t dim, const Reader& reader, int64_t rows,
       add(reinterpret_cast<Wide*>(sum.bytes), static_cast<const Wide*>(next), n);
     }
     if (scaled) vlm_fuse::scale(reinterpret_cast<Wide*>(sum.bytes), static_cast<Wide>(round_to(dtype_, scale)), n);
+    if (accumulate) {
+      converter(dtype_, wide)(more.bytes, to + i * size_, n);
+      add(reinterpret_cast<Wide*>(sum.bytes), reinterpret_cast<const Wide*>(more.bytes), n);
+    }
     put(to + i * size_, sum.bytes, wide, n, more.bytes);
   }
 }
 
 template <class Row>
-void Writer::total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled,
-                   double scale) const {
+void Writer::total(char* to, int64_t dim, const Reader& reader, int64_t rows, Row&& row, bool scaled, double scale,
+                   bool accumulate) const {
   if (reader.dtype == DType::kF64 || dtype_ == DType::kF64)
-    total_in<double>(to, dim, reader, rows, row, scaled, scale);
+    total_in<double>(to, dim, reader, rows, row, scaled, scale, accumulate);
   else
-    total_in<float>(to, dim, reader, rows, row, scaled, scale);
+    total_in<float>(to, dim, reader, rows, row, scaled, scale, accumulate);
 }
 
 }  // namespace vlm_fuse

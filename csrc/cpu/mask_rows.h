@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 
 #include "../intervals.h"
 
@@ -19,23 +18,23 @@ struct MaskIntervals {
 
   // The keys of a row, counted over the samples: none, one or two intervals inside the keys, in order and apart,
   // whatever the tensors hold. Returns how many there are.
-  int at(int64_t row, Interval out[2]) const {
+  VLM_FUSE_HD int at(int64_t row, Interval out[2]) const {
     out[0] = inside(lo[row], hi[row]);
-    int count = out[0].begin < out[0].end ? 1 : 0;
-    if (lo2 == nullptr) return count;
-    Interval next = inside(lo2[row], hi2[row]);
-    if (next.begin >= next.end) return count;
-    if (count == 1 && next.begin < out[0].begin) std::swap(next, out[0]);
-    if (count == 1 && next.begin <= out[0].end) {
-      out[0].end = larger(out[0].end, next.end);
-    } else {
-      out[count++] = next;
-    }
-    return count;
+    const int first = out[0].begin < out[0].end ? 1 : 0;
+    if (lo2 == nullptr) return first;
+    const Interval next = inside(lo2[row], hi2[row]);
+    if (next.begin >= next.end) return first;
+    const bool before = first == 0 || next.begin < out[0].begin;
+    out[1] = before ? out[0] : next;
+    out[0] = before ? next : out[0];
+    if (first == 0) return 1;
+    if (out[1].begin > out[0].end) return 2;
+    out[0].end = larger(out[0].end, out[1].end);
+    return 1;
   }
 
  private:
-  Interval inside(int32_t begin, int32_t end) const {
+  VLM_FUSE_HD Interval inside(int32_t begin, int32_t end) const {
     return {larger(begin, 0), smaller(end, static_cast<int32_t>(keys))};
   }
 };

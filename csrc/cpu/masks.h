@@ -17,6 +17,7 @@ struct MaskRows {
   int32_t prefix = 0;                         // of every document, or
   const int64_t* prefix_lengths = nullptr;    // by document id
   int64_t prefix_count = 0;
+  bool one_prefix = false;                    // prefix_lengths holds a single one, of every document
   Integers parent_ids;                        // by document id, -1: none
   int64_t parent_count = 0;
 };

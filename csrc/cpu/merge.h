@@ -50,6 +50,7 @@ struct MergeBackward {
   bool wants_text = false;
   Gradient text;
   bool wants_weight = false;
+  bool accumulate = false;  // the weight's gradient is added to what is there
   Gradient weight;
   Integers tokens;
   int64_t token_count = 0;

@@ -128,7 +128,8 @@ class RowGradients {
     while (end < backward_.grad.rows && has_token(end)) ++end;
     if (end == row + 1) return writer.copy(to, backward_.grad.row(row), backward_.dim, reader_);
     writer.total(
-        to, backward_.dim, reader_, end - row, [&](int64_t i) { return backward_.grad.row(row + i); }, false, 1.0);
+        to, backward_.dim, reader_, end - row, [&](int64_t i) { return backward_.grad.row(row + i); }, false, 1.0,
+        false);
   }
 
   const MergeBackward& backward_;
@@ -167,7 +168,8 @@ class WeightGradient {
     for (int64_t id = 0; id < ids_; ++id) {
       if (is_frequent(id)) frequent_.push_back(id);
     }
-    store_ = prepare(backward.weight.data, ids_ * row_bytes());
+    // what is added to is in the cache by then
+    store_ = backward.accumulate ? Store::kOrdinary : prepare(backward.weight.data, ids_ * row_bytes());
   }
 
   void write() {
@@ -206,7 +208,7 @@ class WeightGradient {
     writer.total(
         to, std::min(kColumns, backward_.dim - column), reader_, count,
         [&](int64_t i) { return backward_.grad.row(rows[i]) + column * reader_.step; }, backward_.scaled,
-        backward_.scale);
+        backward_.scale, backward_.accumulate);
     writer.finish();
   }
 
@@ -220,7 +222,7 @@ class WeightGradient {
       if (count == 0) {
         int64_t empty = id + 1;
         while (empty < end && offsets_[static_cast<size_t>(empty)] == first) ++empty;
-        writer.zero(to, (empty - id) * backward_.dim);
+        if (!backward_.accumulate) writer.zero(to, (empty - id) * backward_.dim);
         id = empty;
         continue;
       }
@@ -231,7 +233,7 @@ class WeightGradient {
       const int32_t* rows = rows_.get() + first;
       writer.total(
           to, backward_.dim, reader_, count, [&](int64_t i) { return backward_.grad.row(rows[i]); }, backward_.scaled,
-          backward_.scale);
+          backward_.scale, backward_.accumulate);
       ++id;
     }
     writer.finish();

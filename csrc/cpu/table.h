@@ -18,20 +18,22 @@ struct RowTable {
   int64_t step = 0;          // from one element to the next
   DType dtype = DType::kF32;
 
-  char* row(int64_t r) const {
+  VLM_FUSE_HD char* row(int64_t r) const {
     if (inner >= rows) return data + r * row_stride;
     return data + (r / inner) * outer_stride + (r % inner) * row_stride;
   }
 
   // Rows from r on that stand row_stride apart.
-  int64_t together(int64_t r) const { return inner >= rows ? rows - r : inner - r % inner; }
+  VLM_FUSE_HD int64_t together(int64_t r) const { return inner >= rows ? rows - r : inner - r % inner; }
 
-  bool dense(int64_t dim) const { return step == size_of(dtype) && row_stride == dim * step; }
+  VLM_FUSE_HD bool dense(int64_t dim) const { return step == size_of(dtype) && row_stride == dim * step; }
 };
 
 struct FeatureTable {
   RowTable table;
   int64_t first;  // number of its first feature row
+
+  VLM_FUSE_HD bool holds(int64_t k) const { return k >= first && k - first < table.rows; }
 };
 
 // Feature rows by number; `first` ascends, numbers between and behind the tables have no row.
@@ -64,20 +66,16 @@ class FeatureTables {
 
   // The table that holds feature row k, or null; `hint` is where the last one was found.
   const FeatureTable* find(int64_t k, size_t& hint) const {
-    if (hint < tables_.size() && holds(tables_[hint], k)) return &tables_[hint];
-    if (hint + 1 < tables_.size() && holds(tables_[hint + 1], k)) return &tables_[++hint];
+    if (hint < tables_.size() && tables_[hint].holds(k)) return &tables_[hint];
+    if (hint + 1 < tables_.size() && tables_[hint + 1].holds(k)) return &tables_[++hint];
     const auto behind = std::upper_bound(tables_.begin(), tables_.end(), k,
                                          [](int64_t row, const FeatureTable& table) { return row < table.first; });
     if (behind == tables_.begin()) return nullptr;
     hint = static_cast<size_t>(behind - tables_.begin()) - 1;
-    return holds(tables_[hint], k) ? &tables_[hint] : nullptr;
+    return tables_[hint].holds(k) ? &tables_[hint] : nullptr;
   }
 
  private:
-  static bool holds(const FeatureTable& entry, int64_t k) {
-    return k >= entry.first && k - entry.first < entry.table.rows;
-  }
-
   std::vector<FeatureTable> tables_;
 };
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int kKindFields = 5;
 constexpr int64_t kMostKinds = 126;  // kind_ids is int8
 
-void read_kinds(Batch& batch, PyObject* kinds_object, PyObject* sizes_object, PyObject* counts_object) {
+void read_kinds(Batch& batch, PyObject* kinds_object, PyObject* sizes_object, PyObject* counts_object, bool on_host) {
   const Items fields(kinds_object, "kinds: expected a tuple of ints");
   const int64_t kinds = fields.size() / kKindFields;
   if (kinds > kMostKinds) refuse(PyExc_ValueError, "kinds: more than " + std::to_string(kMostKinds));
@@ -37,13 +37,13 @@ void read_kinds(Batch& batch, PyObject* kinds_object, PyObject* sizes_object, Py
       sizes_left -= kind.images;
     }
     const int64_t* own = counts == nullptr ? nullptr : counts + c * batch.samples;
-    kind.counts = own != nullptr && batch.samples > 0 && own[0] >= 0 ? own : nullptr;
+    kind.counts = own != nullptr && batch.samples > 0 && (!on_host || own[0] >= 0) ? own : nullptr;
   }
 }
 
 }  // namespace
 
-Batch read_batch(PyObject* const* args) {
+Batch read_batch(PyObject* const* args, bool on_host) {
   Batch batch;
   const dlpack::Tensor tokens = tensor(args[0], "tokens");
   if (tokens.ndim != 2) refuse(PyExc_ValueError, "tokens: expected (B, T)");
@@ -59,7 +59,7 @@ Batch read_batch(PyObject* const* args) {
   batch.layout = static_cast<Layout>(whole(args[8]));
   batch.left = truth(args[9]);
   batch.unused = truth(args[10]);
-  read_kinds(batch, args[4], args[5], args[6]);
+  read_kinds(batch, args[4], args[5], args[6], on_host);
   const bool needs_sizes = batch.scheme != Scheme::kPlaceholders;
   for (Kind& kind : batch.kinds) {
     if (needs_sizes && kind.images < 0) kind.images = 0;

@@ -14,6 +14,7 @@ PyObject* py_rows_of(PyObject* const* args);
 PyObject* py_rows(PyObject* const* args);
 PyObject* py_gradients(PyObject* const* args);
 PyObject* py_rows_backward(PyObject* const* args);
+PyObject* py_accumulate_weight(PyObject* const* args);
 PyObject* py_intervals(PyObject* const* args);
 PyObject* py_dense(PyObject* const* args);
 PyObject* py_bits(PyObject* const* args);

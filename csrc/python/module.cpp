@@ -3,65 +3,20 @@
 #include <pybind11/pybind11.h>
 
 #include "../cpu/blocks.h"
-#include "../cpu/dtype.h"
 #include "../cpu/threads.h"
 #include "batch_arguments.h"
 #include "functions.h"
+#include "method.h"
 #include "new_tensors.h"
 
 namespace vlm_fuse {
 namespace {
 
-bool usable(const dlpack::ExchangeTable& table) {
-  return table.tensor_from_py_object_no_sync && table.managed_tensor_to_py_object_no_sync;
-}
-
-// The newest table in the chain that this file knows; null: none.
-const dlpack::ExchangeTable* known_table(const py::capsule& capsule) {
-  auto* header = static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (header == nullptr) throw py::error_already_set();
-  while (header != nullptr && header->version.major != dlpack::kMajorVersion) header = header->prev_api;
-  auto* table = reinterpret_cast<const dlpack::ExchangeTable*>(header);
-  return table != nullptr && usable(*table) ? table : nullptr;
-}
-
 // Returns whether the table is one that can be used. `parallel_for`: the address of torch_parallel_for, 0: one thread.
 bool attach(const py::capsule& capsule, uintptr_t parallel_for, py::object raise, py::object recorded_error,
             py::object tensor_type, py::object parameter_type, const py::tuple& row_dtypes, const py::tuple& modes) {
-  attached.table = known_table(capsule);
-  attached.raise = raise.release().ptr();  // kept for good
-  attached.recorded_error = recorded_error.release().ptr();
-  attached.tensor_type = reinterpret_cast<PyTypeObject*>(tensor_type.release().ptr());
-  attached.parameter_type = reinterpret_cast<PyTypeObject*>(parameter_type.release().ptr());
-  for (size_t i = 0; i < kDTypes; ++i) attached.row_dtypes[i] = py::object(row_dtypes[i]).release().ptr();
-  for (size_t i = 0; i < 3; ++i) attached.modes[i] = py::object(modes[i]).release().ptr();
   use_parallel_for(reinterpret_cast<ParallelFor>(parallel_for));
-  return attached.table != nullptr;
-}
-
-// Arguments come by position, unparsed: a third of the cost of a small call.
-template <PyObject* (*Function)(PyObject* const*), int Arguments>
-PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != Arguments) {
-    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", Arguments, count);
-    return nullptr;
-  }
-  try {
-    return Function(args);
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-template <PyObject* (*Function)(PyObject* const*), int Arguments>
-PyMethodDef method(const char* name, const char* doc) {
-  auto* pointer = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<Function, Arguments>));
-  return {name, pointer, METH_FASTCALL, doc};
+  return attach_to(capsule, {raise, recorded_error, tensor_type, parameter_type, row_dtypes, modes});
 }
 
 PyMethodDef methods[] = {
@@ -74,6 +29,7 @@ PyMethodDef methods[] = {
     method<py_rows, 12>("rows", "rows(out, text, weight, tokens, scale, features, starts, source_index, ...)"),
     method<py_gradients, 10>("gradients", "gradients(grad, source_index, text_index, ...)"),
     method<py_rows_backward, 10>("rows_backward", "rows_backward(grad, source_index, text_index, ...)"),
+    method<py_accumulate_weight, 8>("accumulate_weight", "accumulate_weight(grad, source_index, text_index, ...)"),
     method<py_memory, 0>("memory", "memory()"),
     method<py_reset_peak, 0>("reset_peak", "reset_peak()"),
     method<py_intervals, 10>("intervals", "intervals(document_ids, image_ids, attend, ...)"),

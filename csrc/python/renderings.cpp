@@ -1,53 +1,12 @@
 #include <algorithm>
 
-#include "../cpu/block_map.h"
 #include "../cpu/dense.h"
 #include "../cpu/segments.h"
-#include "arguments.h"
 #include "functions.h"
+#include "mask_arguments.h"
 #include "new_tensors.h"
-#include "tensors.h"
 
 namespace vlm_fuse {
-namespace {
-
-// kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length
-MaskIntervals read_mask(PyObject* const* args) {
-  const dlpack::Tensor lo = tensor(args[0], "kv_lo");
-  if (lo.ndim != 2) refuse(PyExc_ValueError, "kv_lo: expected (B, Q)");
-  MaskIntervals mask;
-  mask.samples = lo.shape[0];
-  mask.rows = lo.shape[1];
-  const int64_t count = mask.samples * mask.rows;
-  mask.lo = flat<int32_t>(lo, count, "kv_lo");
-  mask.hi = flat<int32_t>(args[1], count, "kv_hi");
-  mask.lo2 = flat_or_null<int32_t>(args[2], count, "kv_lo2");
-  mask.hi2 = flat_or_null<int32_t>(args[3], count, "kv_hi2");
-  if ((mask.lo2 == nullptr) != (mask.hi2 == nullptr) && count > 0) {
-    refuse(PyExc_ValueError, "kv_lo2, kv_hi2: one without the other");
-  }
-  mask.keys = whole(args[4]);
-  if (mask.keys < 0 || mask.keys > INT32_MAX) refuse(PyExc_ValueError, "kv_length: not a number of keys");
-  return mask;
-}
-
-// The smallest finite number of a type: all bits set but the lowest of the exponent.
-uint64_t lowest(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return 0xff7fffffff7fffffu;
-    case DType::kBF16:
-      return 0xff7fff7fff7fff7fu;
-    case DType::kF16:
-      return 0xfbfffbfffbfffbffu;
-    case DType::kF64:
-      return 0xffefffffffffffffu;
-  }
-  return 0;
-}
-
-}  // namespace
-
 // dense(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, dtype or None for bool) -> (B, 1, Q, kv_length)
 PyObject* py_dense(PyObject* const* args) {
   const MaskIntervals mask = read_mask(args);
@@ -80,10 +39,7 @@ PyObject* py_bits(PyObject* const* args) {
 // block_map(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, q_block, kv_block) -> the eight tensors of a BlockMask
 PyObject* py_block_map(PyObject* const* args) {
   const MaskIntervals mask = read_mask(args);
-  const Blocks blocks = {whole(args[5]), whole(args[6])};
-  for (const int64_t size : {blocks.q_size, blocks.kv_size}) {
-    if (size < 1 || size > INT32_MAX) refuse(PyExc_ValueError, "BLOCK_SIZE: not a size of blocks");
-  }
+  const Blocks blocks = read_blocks(args + 5);
   const int64_t lines = block_count(mask.rows, blocks.q_size), columns = block_count(mask.keys, blocks.kv_size);
   NewTensor wanted[8];
   for (int i = 0; i < 8; i += 2) {

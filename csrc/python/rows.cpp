@@ -1,20 +1,12 @@
 #include <algorithm>
 
-#include "../cpu/merge.h"
-#include "arguments.h"
 #include "errors.h"
 #include "functions.h"
 #include "new_tensors.h"
-#include "tensors.h"
+#include "row_arguments.h"
 
 namespace vlm_fuse {
 namespace {
-
-// Rows that have numbers of their own: a table may be longer than what the plan gave its kind.
-int64_t owned_rows(const Items& starts, int64_t index, int64_t rows) {
-  if (index + 1 >= starts.size()) return rows;
-  return std::clamp<int64_t>(whole(starts[index + 1]) - whole(starts[index]), 0, rows);
-}
 
 py::object make_rows(PyObject* dtype, std::initializer_list<int64_t> shape, RowTable* table) {
   NewTensor wanted = new_rows(dtype);
@@ -49,13 +41,7 @@ py::object gradient(PyObject* wanted, int64_t dim, const char* name, Gradient* o
     *out = {table.data, table.rows, table.dtype};
     return made;
   }
-  const dlpack::Tensor found = tensor(wanted, name);
-  if (!contiguous(found) || last_size(found, name) != dim) {
-    refuse(PyExc_ValueError, std::string(name) + ": expected contiguous rows of the hidden size");
-  }
-  int64_t rows = 1;
-  for (int32_t i = 0; i + 1 < found.ndim; ++i) rows *= found.shape[i];
-  *out = {static_cast<char*>(found.data), rows, row_dtype(found, name)};
+  *out = read_gradient(wanted, dim, name);
   return py::reinterpret_borrow<py::object>(wanted);
 }
 
@@ -64,41 +50,16 @@ py::object gradient(PyObject* wanted, int64_t dim, const char* name, Gradient* o
 // rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status) -> out
 // `out`: a tensor, or the dtype of one that is made here.
 PyObject* py_rows(PyObject* const* args) {
-  Merge merge;
-  const bool from_weight = args[2] != Py_None;
-  const char* const name = from_weight ? "weight" : "text";
-  const dlpack::Tensor table = tensor(args[from_weight ? 2 : 1], name);
-  merge.dim = last_size(table, name);
-  merge.text = row_table(table, merge.dim, name);
+  Merge merge = read_sources(args);
   const dlpack::Tensor index = tensor(args[7], "source_index");
   py::object made = py::reinterpret_borrow<py::object>(args[0]);
   if (is_dtype(args[0])) {
     if (index.ndim != 2) refuse(PyExc_ValueError, "source_index: expected (G, W)");
     made = make_rows(args[0], {index.shape[0], index.shape[1], merge.dim}, &merge.out);
   } else {
-    merge.out = row_table(tensor(args[0], "out"), merge.dim, "out");
+    read_output(args, &merge);
   }
-  if (merge.out.step != size_of(merge.out.dtype)) refuse(PyExc_ValueError, "out: its rows are not contiguous");
-  if (from_weight) {
-    const dlpack::Tensor tokens = tensor(args[3], "tokens");
-    merge.tokens = integers(tokens, 8, "tokens");
-    merge.token_count = elements(tokens);
-    merge.scaled = args[4] != Py_None;
-    if (merge.scaled) merge.scale = PyFloat_AsDouble(args[4]);
-    if (merge.scaled && PyErr_Occurred()) throw py::error_already_set();
-  }
-  const Items features(args[5], "features: expected a list of tensors"),
-      starts(args[6], "starts: expected a list of ints");
-  if (features.size() > starts.size()) refuse(PyExc_ValueError, "starts: fewer than features");
-  for (int64_t i = 0; i < features.size(); ++i) {
-    RowTable table = row_table(tensor(features[i], "features"), merge.dim, "features");
-    table.rows = owned_rows(starts, i, table.rows);
-    merge.features.append(table, whole(starts[i]), merge.dim);
-  }
-  merge.source_index = flat<int32_t>(index, merge.out.rows, "source_index");
-  merge.text_index = flat_or_null<int32_t>(args[8], merge.out.rows, "text_index");
-  merge.add = truth(args[9]);
-  merge.only_features = truth(args[10]);
+  read_indexes(args, index, &merge);
   const int64_t bytes = merge.out.rows * merge.dim * size_of(merge.out.dtype);
   if (args[11] != Py_None && merge.tokens) report(without_gil(bytes, [&] { return check_tokens(merge); }), args[11]);
   without_gil(bytes, [&] { merge_rows(merge); });
@@ -109,13 +70,7 @@ PyObject* py_rows(PyObject* const* args) {
 //   -> (the gradient of the text or weight, *those of the features)
 // A gradient: a tensor, the (shape, dtype) of one that is made here, or None where none is wanted.
 PyObject* py_rows_backward(PyObject* const* args) {
-  MergeBackward backward;
-  const dlpack::Tensor grad = tensor(args[0], "grad");
-  backward.dim = last_size(grad, "grad");
-  backward.grad = row_table(grad, backward.dim, "grad");
-  backward.source_index = flat<int32_t>(args[1], backward.grad.rows, "source_index");
-  backward.text_index = flat_or_null<int32_t>(args[2], backward.grad.rows, "text_index");
-  backward.add = truth(args[6]);
+  MergeBackward backward = read_grad(args);
   int64_t rows = backward.grad.rows;
   backward.wants_text = args[7] != Py_None;
   const Items starts(args[5], "starts: expected a list of ints"), features(args[9], "grad_features: expected a list");
@@ -132,12 +87,7 @@ PyObject* py_rows_backward(PyObject* const* args) {
   if (!backward.wants_text && !backward.wants_weight) PyTuple_SET_ITEM(made.ptr(), 0, Py_NewRef(Py_None));
   if (backward.wants_weight) {
     backward.weight = given_or_made(0, args[8], "grad_weight");
-    const dlpack::Tensor tokens = tensor(args[3], "tokens");
-    backward.tokens = integers(tokens, 8, "tokens");
-    backward.token_count = elements(tokens);
-    backward.scaled = args[4] != Py_None;
-    if (backward.scaled) backward.scale = PyFloat_AsDouble(args[4]);
-    if (backward.scaled && PyErr_Occurred()) throw py::error_already_set();
+    read_weight_tokens(args, &backward);
     rows += backward.weight.rows;
   }
   for (int64_t i = 0; i < features.size(); ++i) {
@@ -157,6 +107,16 @@ PyObject* py_gradients(PyObject* const* args) {
   dlpack::Tensor grad;
   if (!called_plainly() || !usual(args[0], &grad)) Py_RETURN_NONE;
   return py_rows_backward(args);
+}
+
+// accumulate_weight(grad, source_index, text_index, tokens, scale, starts, add, weight_grad) -> None
+PyObject* py_accumulate_weight(PyObject* const* args) {
+  MergeBackward backward = read_grad(args);
+  read_weight_tokens(args, &backward);
+  backward.weight = read_gradient(args[7], backward.dim, "weight_grad");
+  backward.wants_weight = backward.accumulate = true;
+  without_gil(backward.grad.rows * backward.dim * 4, [&] { merge_rows_backward(backward); });
+  Py_RETURN_NONE;
 }
 
 }  // namespace vlm_fuse

@@ -6,7 +6,9 @@ dlpack::Tensor tensor(PyObject* object, const char* name) {
   if (attached.table == nullptr) refuse(PyExc_RuntimeError, "vlm_fuse._native: attach() has not been called");
   dlpack::Tensor found;
   if (attached.table->tensor_from_py_object_no_sync(object, &found) != 0) throw py::error_already_set();
-  if (found.device.device_type != dlpack::kCPU) refuse(PyExc_ValueError, std::string(name) + ": not on the CPU");
+  if (found.device.device_type != attached.device_type || found.device.device_id != device_of_call) {
+    refuse(PyExc_ValueError, std::string(name) + ": not on the device of this call");
+  }
   found.data = static_cast<char*>(found.data) + found.byte_offset;
   return found;
 }
@@ -18,9 +20,9 @@ int64_t elements(const dlpack::Tensor& found) {
 }
 
 bool contiguous(const dlpack::Tensor& found) {
+  if (elements(found) == 0) return true;
   int64_t expected = 1;
   for (int32_t i = found.ndim - 1; i >= 0; --i) {
-    if (found.shape[i] == 0) return true;
     if (found.shape[i] != 1 && found.strides[i] != expected) return false;
     expected *= found.shape[i];
   }
@@ -110,7 +112,8 @@ bool usual(PyObject* object, dlpack::Tensor* found) {
     PyErr_Clear();
     return false;
   }
-  if (found->device.device_type != dlpack::kCPU || found->dtype.lanes != 1) return false;
+  if (found->device.device_type != attached.device_type || found->device.device_id != device_of_call) return false;
+  if (found->dtype.lanes != 1) return false;
   return !is_row_type(*found) || !negated(object);
 }
 

@@ -9,7 +9,7 @@
 
 namespace vlm_fuse {
 
-// A view of the tensor, which must be on the CPU. Valid as long as the tensor.
+// A view of the tensor, which must be on the device of the call. Valid as long as the tensor.
 dlpack::Tensor tensor(PyObject* object, const char* name);
 
 int64_t elements(const dlpack::Tensor& found);
@@ -28,8 +28,9 @@ Integers integers_or_none(PyObject* object, int least, int64_t count, const char
 
 template <class Value>
 Value* flat(const dlpack::Tensor& found, int64_t count, const char* name) {
-  const bool is_bool = sizeof(Value) == 1 && found.dtype.code == dlpack::kBool && found.dtype.bits == 8;
-  if (!is_bool && !is_integer(found, 8 * sizeof(Value))) {
+  const bool is_byte = sizeof(Value) == 1 && (found.dtype.code == dlpack::kBool || found.dtype.code == dlpack::kUInt) &&
+                       found.dtype.bits == 8;
+  if (!is_byte && !is_integer(found, 8 * sizeof(Value))) {
     refuse(PyExc_TypeError, std::string(name) + ": expected int" + std::to_string(8 * sizeof(Value)));
   }
   if ((count >= 0 && elements(found) != count) || !contiguous(found)) {
@@ -48,7 +49,8 @@ Value* flat_or_null(PyObject* object, int64_t count, const char* name) {
   return object == Py_None ? nullptr : flat<Value>(object, count, name);
 }
 
-// A tensor of the usual kind: plain, with memory of its own, on the CPU. False where it is not; never an error.
+// A tensor of the usual kind: plain, with memory of its own, on the device of the call. False where it is not; never an
+// error.
 bool usual(PyObject* object, dlpack::Tensor* found);
 
 // Outside of every mode of torch (FakeTensorMode, tracing, torch.func, ...), under which memory is not to be touched.

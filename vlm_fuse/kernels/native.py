@@ -140,6 +140,11 @@ def intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair,
     return (lo, hi, lo2, hi2) if second and pair else (lo, hi, None, None)
 
 
+def accumulate_weight(grad, source_index, text_index, tokens, scale, add: bool, weight_grad: Tensor) -> None:
+    """Add the embedding weight's gradient to what is in `weight_grad`; rows of ids that do not occur are not touched."""
+    _native.accumulate_weight(grad, source_index, text_index, tokens, scale, (), add, weight_grad)
+
+
 def dense(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length: int, dtype: torch.dtype) -> Tensor:
     """``(B, 1, Q, kv_length)`` bool, or 0 and the lowest number of a floating dtype."""
     return _native.dense(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, None if dtype is torch.bool else dtype)

@@ -8,11 +8,14 @@ from .triton_block_map import block_map
 from .triton_dense import bits, dense
 from .triton_launch import INTERPRETED
 from .triton_masks import intervals
-from .triton_merge import rows, rows_backward
+from .triton_merge import accumulate_weight, rows, rows_backward
 from .triton_plan import count, facts, plan
 
-__all__ = ["MAKES_TENSORS", "available", "bits", "block_map", "count", "dense", "facts", "intervals", "plan", "rows", "rows_backward"]
+__all__ = ["EMULATED", "MAKES_TENSORS", "accumulate_weight", "available", "bits", "block_map", "count", "dense", "facts", "intervals", "plan", "rows", "rows_backward"]
 
+
+#: under TRITON_INTERPRET=1 kernels run on the host, on CPU tensors.
+EMULATED = INTERPRETED.value
 
 #: outputs and gradients are made by the caller.
 MAKES_TENSORS = False

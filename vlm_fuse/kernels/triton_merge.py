@@ -416,7 +416,7 @@ def gather_kernel(
 def weight_kernel(
     grad, order, begins, grad_weight, scale, grad_width, grad_stride0, grad_stride1, grad_column,
     D: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, STRIDED: tl.constexpr,
-    SCALED: tl.constexpr, WIDE: tl.constexpr,
+    SCALED: tl.constexpr, WIDE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK columns of one embedding row and adds its output rows in ascending order."""
     token = tl.program_id(0)
@@ -439,7 +439,11 @@ def weight_kernel(
     if SCALED:
         total = total * scale.to(tl.int64).to(tl.float64, bitcast=True).to(WIDE)
     target = grad_weight + token.to(tl.int64) * D
-    tl.store(target + cols, convert(total, grad_weight.dtype.element_ty), mask=cols < D)
+    wanted = cols < D
+    if ACCUMULATE:
+        wanted = cols < tl.where(low < high, D, 0)
+        total = _widen(tl.load(target + cols, mask=wanted, other=0.0), WIDE) + total
+    tl.store(target + cols, convert(total, grad_weight.dtype.element_ty), mask=wanted)
     # written once: programs tile (V, D)
 
 
@@ -468,10 +472,7 @@ def rows_backward(
             if out is not None:
                 out.zero_()
         return
-    read = entry(grad)
-    width = unit(read.stride0, read.stride1)
-    strides = (read.width, read.stride0 // width, read.stride1 // width, read.column)
-    constants = (width, read.width > 0, read.column != 1)
+    strides, constants = _read_grad(grad)
     feature_rows = max((first + out.numel() // dim for first, out in wanted), default=0)
     summed = add and text_index is not None
     copied = add and text_index is None  # row r of the text is row r of the output
@@ -492,14 +493,42 @@ def rows_backward(
         if wanted or text_rows:
             _gather(grad, row_of_feature, row_of_token, text_index, grad_text, wanted, count, text_rows, dim, strides, constants, summed, block, warps)
         if vocabulary:
-            order_of = torch.sort(ids, stable=True)
-            begins = torch.searchsorted(order_of.values, torch.arange(vocabulary + 1, dtype=torch.int32, device=grad.device))
-            wide = tl.float64 if torch.float64 in (grad.dtype, grad_weight.dtype) else tl.float32
-            columns = min(block, 1024)
-            weight_kernel[(vocabulary, triton.cdiv(dim, columns))](
-                grad, order_of.indices, begins, grad_weight, _scale_bits(scale, grad_weight.dtype), *strides,
-                dim, columns, *constants, scale is not None, wide, num_warps=max(1, columns // 512), enable_fp_fusion=False,
-            )  # fmt: skip
+            _add_up(grad, ids, grad_weight, scale, False)
+
+
+def _read_grad(grad: Tensor) -> tuple[tuple, tuple]:
+    """(strides, what of them is constant) of `grad` as kernels take it."""
+    read = entry(grad)
+    width = unit(read.stride0, read.stride1)
+    return (read.width, read.stride0 // width, read.stride1 // width, read.column), (width, read.width > 0, read.column != 1)
+
+
+def _add_up(grad, ids, target, scale, accumulate: bool) -> None:
+    """The rows of `grad`, sorted by id, as the gradient of an embedding table."""
+    vocabulary, dim = target.shape
+    strides, constants = _read_grad(grad)
+    order_of = torch.sort(ids, stable=True)
+    begins = torch.searchsorted(order_of.values, torch.arange(vocabulary + 1, dtype=torch.int32, device=grad.device))
+    wide = tl.float64 if torch.float64 in (grad.dtype, target.dtype) else tl.float32
+    columns = min(row_shape(dim)[0], 1024)
+    weight_kernel[(vocabulary, triton.cdiv(dim, columns))](
+        grad, order_of.indices, begins, target, _scale_bits(scale, target.dtype), *strides,
+        dim, columns, *constants, scale is not None, wide, accumulate, num_warps=max(1, columns // 512), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def accumulate_weight(grad: Tensor, source_index: Tensor, text_index: Tensor | None, tokens: Tensor, scale: float | None, add: bool, weight_grad: Tensor) -> None:
+    """Add the embedding weight's gradient to what is in `weight_grad`; rows of ids that do not occur are not touched."""
+    count = source_index.numel()
+    if not count or not weight_grad.numel():
+        return
+    with on_device_of(grad):
+        ids = torch.empty(count, dtype=torch.int32, device=grad.device)
+        span = 64 if INTERPRETED.value else 1024
+        inverse_kernel[(triton.cdiv(count, span),)](
+            source_index, text_index, tokens, None, None, ids, count, 0, 0, tokens.numel(), weight_grad.shape[0], add, span, num_warps=4
+        )
+        _add_up(grad, ids, weight_grad, scale, True)
 
 
 def _gather(grad, row_of_feature, row_of_token, text_index, grad_text, wanted, count, text_rows, dim, strides, constants, summed, block, warps):

@@ -1,0 +1,27 @@
+"""The CUDA backend as one module: NVIDIA GPUs, or CPU tensors where the module was built for the host (tests/emulator).
+
+Outputs are made by torch's allocator, which knows streams and graphs. Nothing is read back from the device but by `count`
+and by what must raise at once.
+"""
+
+from __future__ import annotations
+
+from . import cuda_module
+from .cuda_masks import intervals
+from .cuda_merge import accumulate_weight, rows, rows_backward
+from .cuda_plan import count, facts, plan
+from .cuda_renderings import bits, block_map, dense
+from .cuda_tokens import merge_usual
+
+__all__ = ["EMULATED", "MAKES_TENSORS", "accumulate_weight", "available", "bits", "block_map", "dense", "count", "facts", "intervals", "plan", "merge_usual", "rows", "rows_backward"]
+
+#: kernels run on the host, on CPU tensors.
+EMULATED = cuda_module.module is not None and cuda_module.module.emulated
+
+#: outputs and gradients are made by the caller.
+MAKES_TENSORS = False
+
+
+def available() -> tuple[bool, str]:
+    """Whether the compiled module can be used here, and why (not)."""
+    return cuda_module.module is not None, cuda_module.reason
