@@ -38,7 +38,9 @@ def _load():
     if not count:
         return None, f"compiled, but no GPU: {reason}"
     if not module.emulated and not torch.cuda.is_available():
-        return None, "no GPU that torch can use"
+        return None, "compiled, but no GPU that torch can use"
+    if not module.emulated and torch.cuda.get_device_capability() < (8, 0):
+        return None, f"compiled for sm_80 and later, and this is {torch.cuda.get_device_name()}"
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if table is None:
         return None, f"torch {torch.__version__} has no DLPack exchange table: torch >= 2.10 is needed"
