@@ -62,7 +62,7 @@ $(VENV)/bin/python:
 
 # one command, so that the constraint settles torch before anything else asks for it
 $(STAMP): $(SOURCES) | $(VENV)/bin/python
-	@echo "Installing into $(VENV). The first time this takes a minute or two, most of it for torch."
+	@echo "Installing into $(VENV). The first time this takes a minute or two, most of it for torch, and two more where nvcc compiles the CUDA kernels."
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt torch \
 		pybind11 ninja setuptools --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 REGISTERS = 2**16  # of a processor
 #: kernels that move rows or masks: every one of them must have a path of 16 bytes at a time.
-WIDE_LOADS = ("rows_kernel", "gradients_kernel", "weight_kernel")
-WIDE_STORES = (*WIDE_LOADS,)
+WIDE_LOADS = ("rows_kernel", "gradients_kernel", "weight_kernel", "merge_tokens_kernel")
+WIDE_STORES = (*WIDE_LOADS, "entries_kernel")
 
 
 NVCC = of_setup("find_nvcc")()

@@ -21,7 +21,8 @@ class _Entry(NamedTuple):
     devices: tuple[str, ...]  # empty: every device
 
 
-#: in order of preference for a device.
+#: in order of preference for a device. CUDA C++ before Triton: the same call is fewer launches, and each costs the host less;
+#: no size is known yet at which Triton is faster.
 _TABLE = {
     "cpu": _Entry("vlm_fuse.kernels.native", ("cpu",)),
     "cuda": _Entry("vlm_fuse.kernels.cuda_backend", ("cuda",)),

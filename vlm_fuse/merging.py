@@ -249,7 +249,11 @@ def merge(
         settled.is_plan(plan)
         if asked == "auto":
             asked = plan._settings.backend
-        kernels = native(asked) if placeholder_mask is None is labels is embed_scale and not is_compiling() else None
+        kernels = None
+        if placeholder_mask is None is labels is embed_scale and not is_compiling():
+            kernels = native(asked) if plan.source_index.is_cpu else None
+            if kernels is None:
+                kernels = ops.direct(asked, plan.source_index)
         if settled.usual(plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id, out):
             quick = True
             features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))

@@ -21,7 +21,7 @@ def is_plan(plan) -> None:
 
 def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, weight, image_embeds, image_token_id, out) -> bool:
     """A call of the usual form, in which one native call finds that everything fits the plan; else `agree` looks closer."""
-    if kernels is None or options != _DEFAULTS:
+    if options != _DEFAULTS or not hasattr(kernels, "rows_of"):
         return False
     batch = plan._batch
     if input_ids is None:

@@ -177,8 +177,8 @@ __device__ inline void enter_document(const Counting& batch, const Token& token)
 }
 
 // One thread: the record that plan_kernel left, or that of a document that returns.
-__global__ void finish_kernel(const __grid_constant__ Counting batch, const int64_t* found, int64_t* status,
-                              bool fresh) {
+__global__ void __launch_bounds__(kLanes)
+    finish_kernel(const __grid_constant__ Counting batch, const int64_t* found, int64_t* status, bool fresh) {
   if (threadIdx.x != 0) return;
   Record record = {found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]};
   const int32_t token = *batch.returning;

@@ -100,4 +100,15 @@ bool usual_batch(PyObject* const* args, Sources* sources) {
   return true;
 }
 
+PyObject* rows_of(PyObject* const* args) {
+  Sources sources;
+  dlpack::Tensor index;
+  if (!usual_sources(args, &sources)) Py_RETURN_NONE;
+  if (args[4] != Py_None) {
+    if (!usual(args[5], &index) || index.ndim != 2) Py_RETURN_NONE;
+    if (!usual_output(args[4], sources, index.shape[0], index.shape[1])) Py_RETURN_NONE;
+  }
+  return PyLong_FromLongLong(sources.kind.rows);
+}
+
 }  // namespace vlm_fuse

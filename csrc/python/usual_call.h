@@ -25,4 +25,8 @@ bool usual_batch(PyObject* const* args, Sources* sources);
 // Memory of rows that is contiguous and of its own. The table may be the output itself.
 bool usual_output(PyObject* object, const Sources& sources, int64_t groups, int64_t width);
 
+// rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index) -> rows of image_embeds where all is of
+// the usual kind, and `out`, if given, can hold the rows of the plan; or None
+PyObject* rows_of(PyObject* const* args);
+
 }  // namespace vlm_fuse

@@ -38,17 +38,6 @@ PyObject* py_usual_plan(PyObject* const* args) {
   return py::make_tuple(source_index, kinds, versions(written), facts).release().ptr();
 }
 
-// rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index) -> rows of image_embeds where all is of
-// the usual kind, and `out`, if given, can hold the rows of the plan; or None
-PyObject* py_rows_of(PyObject* const* args) {
-  Sources sources;
-  dlpack::Tensor index;
-  if (!usual_sources(args, &sources)) Py_RETURN_NONE;
-  if (args[4] != Py_None) {
-    if (!usual(args[5], &index) || index.ndim != 2) Py_RETURN_NONE;
-    if (!usual_output(args[4], sources, index.shape[0], index.shape[1])) Py_RETURN_NONE;
-  }
-  return PyLong_FromLongLong(sources.kind.rows);
-}
+PyObject* py_rows_of(PyObject* const* args) { return rows_of(args); }
 
 }  // namespace vlm_fuse

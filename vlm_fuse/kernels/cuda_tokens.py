@@ -13,6 +13,9 @@ from ..batch import LAYOUTS, RAISE, Batch, RecordedError
 from .cuda_merge import rows_backward
 from .cuda_module import module
 
+#: rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index) -> rows of image_embeds where all is of the usual kind, or None
+rows_of = None if module is None else module.rows_of
+
 _KEEP = LAYOUTS.index("keep")
 
 

@@ -9,6 +9,7 @@ PyObject* py_cuda_plan_scratch(PyObject* const* args);
 PyObject* py_cuda_count(PyObject* const* args);
 PyObject* py_cuda_plan(PyObject* const* args);
 PyObject* py_cuda_usual_tokens(PyObject* const* args);
+PyObject* py_cuda_rows_of(PyObject* const* args);
 PyObject* py_cuda_merge_tokens(PyObject* const* args);
 PyObject* py_cuda_rows(PyObject* const* args);
 PyObject* py_cuda_rows_backward(PyObject* const* args);

@@ -25,6 +25,7 @@ py::tuple devices() {
 PyMethodDef methods[] = {
     method<py_cuda_usual_tokens, 13>("usual_tokens",
                                      "usual_tokens(input_ids, inputs_embeds, weight, image_embeds, ...)"),
+    method<py_cuda_rows_of, 6>("rows_of", "rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index)"),
     method<py_cuda_merge_tokens, 12 + kBatchFields + 3>("merge_tokens", "merge_tokens(out, text, weight, ...)"),
     method<py_cuda_plan_scratch, kBatchFields + 1>("plan_scratch", "plan_scratch(*batch, check)"),
     method<py_cuda_count, kBatchFields + 2>("count", "count(*batch, totals, scratch)"),

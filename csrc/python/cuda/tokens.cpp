@@ -39,6 +39,12 @@ PyObject* py_cuda_usual_tokens(PyObject* const* args) {
       .ptr();
 }
 
+// rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index): as usual_call.h says
+PyObject* py_cuda_rows_of(PyObject* const* args) {
+  if (!at_device_of(args[5])) Py_RETURN_NONE;
+  return rows_of(args);
+}
+
 // merge_tokens(as rows, 12 arguments, *batch, (source_index, text_index, position_ids, document_ids, attention_mask,
 // labels, cu_seqlens, kv_lo, kv_hi), window, workspace) -> None. The facts are written too; None: not wanted.
 PyObject* py_cuda_merge_tokens(PyObject* const* args) {
