@@ -44,7 +44,7 @@ def test_every_source_with_kernels_has_cases():
     assert sorted(listed) == sorted(OPS)
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", ["clusters", "no_clusters", pytest.param("one_processor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_write_what_the_cpu_writes_and_nothing_else(op, machine):
     """AddressSanitizer and UBSan; every tensor in a block of memory of its own size, output gaps compared too."""
@@ -106,7 +106,11 @@ def what_happens_without(site: str, threads: bool) -> str:
     return "unnoticed" if reached else "never reached"
 
 
-@pytest.mark.parametrize("file", barriers())
+#: files whose barriers are looked at in every run; all others with --full.
+ALWAYS = ("merge_backward.cuh", "weight_gradient.cuh")
+
+
+@pytest.mark.parametrize("file", [file if file in ALWAYS else pytest.param(file, marks=pytest.mark.full) for file in barriers()])
 def test_a_barrier_left_out_is_noticed(file, request):
     """Every barrier of the file in turn; with --full by ThreadSanitizer too."""
     for op in ops_with(file):
@@ -156,9 +160,11 @@ def mistaken(tmp_path_factory):
     """Programs by mistake, compiled side by side; or what went wrong."""
     program("address")
 
+    folders = {mistake: tmp_path_factory.mktemp("mistake") for mistake in MISTAKES}
+
     def made(mistake: str):
         try:
-            return with_mistake(tmp_path_factory.mktemp("mistake"), *MISTAKES[mistake])
+            return with_mistake(folders[mistake], *MISTAKES[mistake])
         except AssertionError as error:
             return error
 
