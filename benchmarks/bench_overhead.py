@@ -2,6 +2,9 @@
 
     python -m benchmarks.bench_overhead            about half a minute
     python -m benchmarks.bench_overhead --quick    a few seconds
+    python -m benchmarks.bench_overhead --emulated the "cuda" backend without a GPU: its code as compiled for tests/emulator,
+                                                   where a launch does nothing; neither the driver nor torch's allocator of a
+                                                   GPU is in it. Rows stay unwritten, so that nothing is compared.
 
 One thread, short rounds of every contestant in turn, the 10th percentile and the median over the rounds; garbage
 collection off while the clock runs, as in timeit. A ready plan has its fields made, so that reading them again costs a
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,8 +27,9 @@ import torch.nn.functional as F
 import vlm_fuse
 from benchmarks import baselines, report
 from benchmarks.timing import Contestant, Times, busy_note, environment, short_rounds
+from tests.emulator import build
 from vlm_fuse import autograd, ops
-from vlm_fuse.backend import name_from
+from vlm_fuse.backend import VARIABLE, name_from
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES, LENGTH, HIDDEN, VOCABULARY, IMAGE = 2, 16, 32, 64, 60
@@ -95,12 +100,13 @@ def row_op(text: torch.Tensor, features: torch.Tensor, call: autograd.RowCall) -
     return autograd.merge_rows(ops.direct(call.backend, text, (features,)), text, None, (features,), call)
 
 
-def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch.Tensor) -> dict[str, tuple[Callable, tuple]]:
+def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, validate: str) -> dict[str, tuple[Callable, tuple]]:
     """What is timed: name -> (function to rows, the tensors that take a gradient)."""
     ids = batch.input_ids
-    plan = vlm_fuse.plan(ids, image_token_id=IMAGE)
-    validate, backend = ops.mode_of("auto", text), name_from("auto")
-    row_call = autograd.RowCall(None, None, (0,), plan.source_index, None, False, text.dtype, validate, backend)
+    planned = dict(image_token_id=IMAGE, backend="cpu" if text.is_cpu else "auto")
+    plan = vlm_fuse.plan(ids, **planned)
+    mode, backend = ops.mode_of(validate, text), name_from("auto")
+    row_call = autograd.RowCall(None, None, (0,), plan.source_index, None, False, text.dtype, mode, backend)
     both = (text, features)
     frozen = features.detach()
     made = {
@@ -112,27 +118,30 @@ def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch
         "row op, ready plan, images frozen": (lambda: row_op(text, frozen, row_call), (text,)),
     }
     for layout in ("keep", "packed"):
-        given = dict(attention_mask=batch.attention_mask, labels=batch.labels, layout=layout)
-        ready = vlm_fuse.plan(ids, image_token_id=IMAGE, **given)
-        made[f"{READY}, {layout}"] = (lambda ready=ready: read_all(vlm_fuse.merge(ids, text, features, plan=ready)), both)
+        given = dict(attention_mask=batch.attention_mask, labels=batch.labels, layout=layout, validate=validate)
+        if layout == "packed" and (not text.is_cpu or validate == "async"):
+            given["length"] = ids.numel()  # else the width is read back from the device
+        ready = vlm_fuse.plan(ids, **planned, **given)
+        made[f"{READY}, {layout}"] = (lambda ready=ready: read_all(vlm_fuse.merge(ids, text, features, plan=ready, validate=validate)), both)
         made[f"{WHOLE}, {layout}"] = (lambda given=given: read_all(vlm_fuse.merge(ids, text, features, image_token_id=IMAGE, **given)), both)
-    made["merge, rows alone"] = (lambda: vlm_fuse.merge(ids, text, features, image_token_id=IMAGE).inputs_embeds, both)
+    made["merge, rows alone"] = (lambda: vlm_fuse.merge(ids, text, features, image_token_id=IMAGE, validate=validate).inputs_embeds, both)
     return made
 
 
-def measure(mode: str, device: str, rounds: int, repeats: int) -> Times:
+def measure(mode: str, device: str, rounds: int, repeats: int, emulated: bool) -> Times:
     """All contestants in one mode."""
     batch = tiny(device)
     wanted = mode != "forward"
     text, features, weight = (t.clone().requires_grad_(wanted) for t in (batch.text, batch.features, batch.weight))
     contestants = []
-    for name, (call, inputs) in calls(batch, text, features, weight).items():
+    for name, (call, inputs) in calls(batch, text, features, weight, "async" if emulated else "auto").items():
         if mode == "with backward":
             grad = torch.ones_like(call())
             contestants.append(Contestant(name, lambda call=call, inputs=inputs, grad=grad: torch.autograd.grad(call(), inputs, grad)))
         else:
             contestants.append(Contestant(name, call))
-    check(contestants, mode)
+    if not emulated:
+        check(contestants, mode)
     gc.collect()
     gc.disable()
     try:
@@ -211,18 +220,27 @@ def tables(found: dict[str, dict[str, dict[str, float]]], judged: list[dict[str,
     return "\n".join(lines)
 
 
+def emulate() -> None:
+    """Before the backends are looked for: "cuda" becomes the emulated module, and the one that is used."""
+    os.environ |= {"VLM_FUSE_EMULATOR_IDLE": "1", VARIABLE: "cuda"}
+    build.install()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--emulated", action="store_true", help="the host's part of the CUDA backend, on CPU tensors; needs g++")
     parser.add_argument("--name", default=None, help="folder below benchmarks/results")
     parser.add_argument("--out", default=None, help="folder, instead of one below benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.emulated:
+        emulate()
     note = busy_note()
     # short enough to fit between two interruptions of a shared machine
     rounds, repeats = (100, 10) if arguments.quick else (1000, 10)
-    timed = {mode: measure(mode, arguments.device, rounds, repeats) for mode in MODES}
+    timed = {mode: measure(mode, arguments.device, rounds, repeats, arguments.emulated) for mode in MODES}
     found = {mode: rows_of(times) for mode, times in timed.items()}
     judged = verdicts(found)
     text = tables(found, judged)
@@ -242,7 +260,8 @@ def main() -> int:
     heading = [
         "# Host cost of an eager call",
         "",
-        f"{SAMPLES} samples of {LENGTH} tokens, D = {HIDDEN}, one thread.",
+        f"{SAMPLES} samples of {LENGTH} tokens, D = {HIDDEN}, one thread."
+        + (" The cuda backend on an emulator whose launches do nothing: the driver's cost comes on top." if arguments.emulated else ""),
         "",
         *([f"- {note}", ""] if note else []),
         report.environment_table(surroundings),

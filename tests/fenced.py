@@ -140,6 +140,22 @@ def run_renderings(kernels, parts, keys: int) -> None:
     kernels.block_map(*parts, keys, 4, 3)
 
 
+def run_one_launch(backend: str, generator, side: str) -> None:
+    """merge from token ids, where rows and plan are made by one kernel."""
+    import vlm_fuse
+
+    text, features = torch.randn(3, 11, 7, generator=generator), torch.randn(13, 7, generator=generator)
+    for options in (dict(), dict(layout="packed", length=33), dict(layout="packed", length=5), dict(combine="add"), dict(attend=vlm_fuse.Attend(window=2))):
+        ids = torch.randint(0, 3, (3, 11), generator=generator)
+        for tokens in (ids, hostile(ids, generator)):
+            kept = torch.rand(3, 11, generator=generator) < 0.8
+            given = [fenced(tensor, side) for tensor in (tokens, text, features)]
+            rest = dict(image_token_id=2, labels=fenced(tokens, side), attention_mask=fenced(kept, side), validate="off", **options)
+            got, wanted = (vlm_fuse.merge(*given, backend=name, **rest) for name in (backend, "reference"))
+            for name in ("inputs_embeds", "source_index", "position_ids", "labels", "cu_seqlens", "kv_lo", "kv_hi"):
+                assert torch.equal(getattr(got, name), getattr(wanted, name)), f"{name} differs from the reference: {options}"
+
+
 def main(backend: str) -> None:
     import faulthandler
 
@@ -158,6 +174,10 @@ def main(backend: str) -> None:
     from vlm_fuse import reference
 
     kernels = choice.choose(backend, "cpu")
+    if backend == "cuda":
+        from vlm_fuse.kernels import cuda_module
+
+        cuda_module.attach_allocation(cuda_module.module, through_functions=False)  # what the module makes comes from the new_empty above
     generator = torch.Generator().manual_seed(1)
     chosen = SPECIAL[:: {"cpu": 1, "triton": 12}.get(backend, 6)]
     for case in chosen:
@@ -193,6 +213,11 @@ def main(backend: str) -> None:
             mask = plan.mask(vlm_fuse.Attend(window=2))
             for parts in ((mask.kv_lo, mask.kv_hi, None, None), [hostile(part, generator) for part in (mask.kv_lo, mask.kv_hi, mask.kv_lo, mask.kv_hi)]):
                 run_renderings(kernels, [fenced(part, side) for part in parts], width)
+    for side in ("end", "begin") if backend == "cuda" else ():
+        fence_allocations(side)
+        print(side, "one launch", flush=True)
+        for _ in range(5):
+            run_one_launch(backend, generator, side)
     if backend == "cpu":
         # past the cache: stores that bypass it, rows spread over threads
         for side in ("end", "begin"):

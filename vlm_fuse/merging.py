@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from . import checks, ops, planning, settled, status
 from . import features as forms
 from .attending import CAUSAL, Attend
 from .autograd import RowCall, merge_rows, row_call
-from .backend import name_from, native
+from .backend import choose, name_from, native
 from .batch import RAISE, Batch, RecordedError
 from .masks import IntervalMask, hf
 from .token_plan import TokenPlan
@@ -221,7 +222,10 @@ def merge(
             chosen = planning.known.get((scheme, combine, layout, padding_side, unused_features, validate, asked))
         except TypeError:
             chosen = None
-        if chosen is None or length is not None or attend is not CAUSAL or document_ids is not None:
+        if chosen is not None and document_ids is None:
+            if length is not None or attend is not CAUSAL:
+                chosen = planning.chosen_for(chosen, length, attend)
+        else:
             chosen = planning.choices(scheme, combine, layout, padding_side, length, attend, unused_features, validate, asked, document_ids)
         if (
             type(image_token_id) is int
@@ -282,6 +286,15 @@ def merge(
     return MergedBatch(merge_rows(kernels, inputs_embeds, weight, features, call, out), plan)
 
 
+@functools.cache
+def _usual_kernels(asked: str, device: str) -> tuple:
+    """(the kernels, whether they plan in the call that writes the rows), or (None, False): they recognise no usual call."""
+    kernels = choose(asked, device)
+    if hasattr(kernels, "merge_usual"):
+        return kernels, True
+    return (kernels if hasattr(kernels, "usual_plan") else None), False
+
+
 def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, out):
     """(TokenPlan, kernels) of a batch of the usual form, recognised in one native call; (None, None): look at it piece by piece.
 
@@ -291,10 +304,13 @@ def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, a
     if is_compiling() or type(input_ids) is not Tensor:
         return None, None
     given = input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id
-    kernels = native(asked) if input_ids.is_cpu else None
+    if not (input_ids.is_cpu or input_ids.is_cuda):
+        return None, None
+    kernels, plans_with_rows = _usual_kernels(asked, "cpu" if input_ids.is_cpu else "cuda")
+    if plans_with_rows:
+        return _usual_on_device(kernels, chosen, given, out)
     if kernels is None:
-        kernels = ops.direct(asked, input_ids)
-        return _usual_on_device(kernels, chosen, given, out) if hasattr(kernels, "merge_usual") else (None, None)
+        return None, None
     scheme, layout, left, unused, settings = chosen
     validate = settings.validate
     try:
@@ -318,13 +334,13 @@ def _usual_on_device(kernels, chosen, given: tuple, out):
     made = kernels.merge_usual(chosen, *given, out)
     if made is None:
         return None, None
-    call, source_index, versions, facts, text_index, kv = made
-    settings = chosen.settings
-    plan = TokenPlan(call.batch, settings, source_index, versions=versions, step_facts=facts)
+    call, versions, (source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, kv_lo, kv_hi) = made
+    facts = labels, position_ids, document_ids, attention_mask, cu_seqlens
+    plan = TokenPlan(call.batch, chosen.settings, source_index, versions=versions, step_facts=facts)
     if text_index is not None:
         plan.text_index = text_index
-    if kv is not None:
-        plan._masks[settings.attend] = IntervalMask._of((*kv, None, None), source_index.shape[1])
+    if kv_lo is not None:
+        plan._own_intervals = kv_lo, kv_hi
     return plan, call
 
 

@@ -222,7 +222,7 @@ def merge_rows(kernels: ModuleType, text, weight, tokens, scale, features, start
     """The row op on plain tensors: ``(G, W, D)``, every row copied from one source row (two with `add`)."""
     table = text if weight is None else weight
     makes = kernels.MAKES_TENSORS
-    out = dtype if makes else table.new_empty((*source_index.shape, table.shape[-1]), dtype=dtype)
+    out = dtype if makes else table.new_empty(*source_index.shape, table.shape[-1], dtype=dtype)
     try:
         # without asking for the device: 0.2 us
         status_ = RAISE if validate == "sync" else status.for_mode(validate, source_index.device)
@@ -265,7 +265,7 @@ def merge_rows_backward(
     """Gradients of the text (or weight) and of each feature tensor: (shape, dtype) of those wanted, None for the others."""
     makes = kernels.MAKES_TENSORS
     if not makes:
-        table_like, *feature_likes = [like and grad.new_empty(like[0], dtype=like[1]) for like in (table_like, *feature_likes)]
+        table_like, *feature_likes = [like and grad.new_empty(*like[0], dtype=like[1]) for like in (table_like, *feature_likes)]
     text, weight = (None, table_like) if is_weight else (table_like, None)
     made = kernels.rows_backward(grad, source_index, text_index, tokens, scale, starts, add, text, weight, feature_likes)
     return made if makes else (table_like, *feature_likes)

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 namespace vlm_fuse {
-namespace {
 
 bool read_scale(PyObject* object, double* scale) {
   if (object == Py_None) return false;
@@ -11,8 +10,6 @@ bool read_scale(PyObject* object, double* scale) {
   if (PyErr_Occurred()) throw py::error_already_set();
   return true;
 }
-
-}  // namespace
 
 int64_t owned_rows(const Items& starts, int64_t index, int64_t rows) {
   if (index + 1 >= starts.size()) return rows;
@@ -45,8 +42,8 @@ Merge read_sources(PyObject* const* args) {
   return merge;
 }
 
-void read_output(PyObject* const* args, Merge* merge) {
-  merge->out = row_table(tensor(args[0], "out"), merge->dim, "out");
+void read_output(PyObject* out, Merge* merge) {
+  merge->out = row_table(tensor(out, "out"), merge->dim, "out");
   if (merge->out.step != size_of(merge->out.dtype)) refuse(PyExc_ValueError, "out: its rows are not contiguous");
 }
 

@@ -10,10 +10,13 @@ namespace vlm_fuse {
 // Rows that have numbers of their own: a table may be longer than what the plan gave its kind.
 int64_t owned_rows(const Items& starts, int64_t index, int64_t rows);
 
+// A factor, or None. Returns whether there is one.
+bool read_scale(PyObject* object, double* scale);
+
 // Of `rows`: out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features. All but
 // the output and what is of its size.
 Merge read_sources(PyObject* const* args);
-void read_output(PyObject* const* args, Merge* merge);                                // args[0] into merge->out
+void read_output(PyObject* out, Merge* merge);                                // into merge->out
 void read_indexes(PyObject* const* args, const dlpack::Tensor& index, Merge* merge);  // once the output is known
 
 // Of `rows_backward`: grad, source_index, text_index, tokens, scale, starts, add. All but the gradients.

@@ -57,7 +57,7 @@ PyObject* py_rows(PyObject* const* args) {
     if (index.ndim != 2) refuse(PyExc_ValueError, "source_index: expected (G, W)");
     made = make_rows(args[0], {index.shape[0], index.shape[1], merge.dim}, &merge.out);
   } else {
-    read_output(args, &merge);
+    read_output(args[0], &merge);
   }
   read_indexes(args, index, &merge);
   const int64_t bytes = merge.out.rows * merge.dim * size_of(merge.out.dtype);

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from . import cuda_module
 from .cuda_masks import intervals
-from .cuda_merge import accumulate_weight, rows, rows_backward
+from .cuda_merge import accumulate_weight, gradients, rows, rows_backward
 from .cuda_plan import count, facts, plan
 from .cuda_renderings import bits, block_map, dense
 from .cuda_tokens import merge_usual, rows_of
 
-__all__ = ["EMULATED", "MAKES_TENSORS", "accumulate_weight", "available", "bits", "block_map", "dense", "count", "facts", "intervals", "plan", "merge_usual", "rows", "rows_backward", "rows_of"]
+__all__ = ["EMULATED", "MAKES_TENSORS", "accumulate_weight", "available", "bits", "block_map", "dense", "count", "facts", "gradients", "intervals", "plan", "merge_usual", "rows", "rows_backward", "rows_of"]
 
 #: kernels run on the host, on CPU tensors.
 EMULATED = cuda_module.module is not None and cuda_module.module.emulated
 
-#: outputs and gradients are made by the caller.
-MAKES_TENSORS = False
+#: `rows` takes a dtype for an output, `rows_backward` (shape, dtype) for a gradient, and makes the tensor.
+MAKES_TENSORS = True
 
 
 def available() -> tuple[bool, str]:

@@ -5,7 +5,6 @@ Tensors reach the module through torch's DLPack exchange table, threads are torc
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import json
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..batch import RAISE, ROW_DTYPES, Batch, RecordedError
 from ..modes import MODES
+from .torch_library import address
 
 
 def _why_missing() -> str:
@@ -25,17 +25,6 @@ def _why_missing() -> str:
     except (OSError, ValueError):
         return "never built: run pip install -e ."
     return f"compiled, but not for this Python: run pip install -e . ({found['reason']})" if found["native"] else found["reason"]
-
-
-def _parallel_for() -> int:
-    """Address of torch_parallel_for in libtorch_cpu, 0 where there is none: then one thread does all."""
-    folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            return ctypes.cast(ctypes.CDLL(str(folder / name)).torch_parallel_for, ctypes.c_void_p).value or 0
-        except (OSError, AttributeError):
-            continue
-    return 0
 
 
 def _load():
@@ -50,7 +39,7 @@ def _load():
     if table is None:
         return None, f"torch {torch.__version__} has no DLPack exchange table: torch >= 2.10 is needed"
     try:
-        attached = module.attach(table, _parallel_for(), RAISE, RecordedError, Tensor, torch.nn.Parameter, ROW_DTYPES, MODES)
+        attached = module.attach(table, address("libtorch_cpu", "torch_parallel_for"), RAISE, RecordedError, Tensor, torch.nn.Parameter, ROW_DTYPES, MODES)
     except TypeError:
         return None, "the compiled module is older than the Python code: run pip install -e . (or make native) again"
     if not attached:

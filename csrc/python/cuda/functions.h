@@ -1,4 +1,5 @@
-// The functions of the Python module vlm_fuse._cuda, arguments by position. Outputs are tensors of the caller's.
+// The functions of the Python module vlm_fuse._cuda, arguments by position. Outputs are tensors of the caller's, but
+// for those that usual_tokens, merge_tokens and gradients make by torch's allocator.
 #pragma once
 
 #include "../attached.h"
@@ -13,6 +14,7 @@ PyObject* py_cuda_rows_of(PyObject* const* args);
 PyObject* py_cuda_merge_tokens(PyObject* const* args);
 PyObject* py_cuda_rows(PyObject* const* args);
 PyObject* py_cuda_rows_backward(PyObject* const* args);
+PyObject* py_cuda_gradients(PyObject* const* args);
 PyObject* py_cuda_weight_ids(PyObject* const* args);
 PyObject* py_cuda_weight_gradient(PyObject* const* args);
 PyObject* py_cuda_intervals_workspace(PyObject* const* args);

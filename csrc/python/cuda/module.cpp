@@ -4,6 +4,7 @@
 #include "../batch_arguments.h"
 #include "../method.h"
 #include "functions.h"
+#include "torch_tensors.h"
 
 namespace vlm_fuse {
 namespace {
@@ -23,15 +24,16 @@ py::tuple devices() {
 }
 
 PyMethodDef methods[] = {
-    method<py_cuda_usual_tokens, 13>("usual_tokens",
+    method<py_cuda_usual_tokens, 15>("usual_tokens",
                                      "usual_tokens(input_ids, inputs_embeds, weight, image_embeds, ...)"),
     method<py_cuda_rows_of, 6>("rows_of", "rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index)"),
-    method<py_cuda_merge_tokens, 12 + kBatchFields + 3>("merge_tokens", "merge_tokens(out, text, weight, ...)"),
+    method<py_cuda_merge_tokens, 5>("merge_tokens", "merge_tokens(call, out, scale, only_features, status)"),
     method<py_cuda_plan_scratch, kBatchFields + 1>("plan_scratch", "plan_scratch(*batch, check)"),
     method<py_cuda_count, kBatchFields + 2>("count", "count(*batch, totals, scratch)"),
     method<py_cuda_plan, kBatchFields + 6>("plan", "plan(*batch, width, source_index, facts, status, fresh, scratch)"),
     method<py_cuda_rows, 13>("rows", "rows(out, text, weight, tokens, scale, features, starts, source_index, ...)"),
     method<py_cuda_rows_backward, 9>("rows_backward", "rows_backward(grad, source_index, text_index, ...)"),
+    method<py_cuda_gradients, 9>("gradients", "gradients(grad, source_index, text_index, ...)"),
     method<py_cuda_weight_ids, 9>("weight_ids", "weight_ids(grad, source_index, text_index, ...)"),
     method<py_cuda_weight_gradient, 11>("weight_gradient", "weight_gradient(grad, source_index, text_index, ...)"),
     method<py_cuda_intervals_workspace, 5>("intervals_workspace", "intervals_workspace(document_ids, image_ids, ...)"),
@@ -49,6 +51,7 @@ PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
   module.doc() = "CUDA kernels of vlm_fuse; use vlm_fuse.kernels.cuda.";
   module.attr("emulated") = vlm_fuse::cuda::emulated();
   module.def("attach", &vlm_fuse::attach);
+  module.def("attach_allocation", &vlm_fuse::attach_allocation);
   module.def("devices", &vlm_fuse::devices);
   if (PyModule_AddFunctions(module.ptr(), vlm_fuse::methods) != 0) throw vlm_fuse::py::error_already_set();
 }

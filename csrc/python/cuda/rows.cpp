@@ -3,39 +3,71 @@
 #include "../row_arguments.h"
 #include "call.h"
 #include "functions.h"
+#include "torch_tensors.h"
 
 namespace vlm_fuse {
+namespace {
+
+// A tensor as it was handed in, or a new one of the (shape, dtype) asked for; None stays None.
+py::object given_or_new(PyObject* like, PyObject* wanted) {
+  if (!PyTuple_CheckExact(wanted)) return py::reinterpret_borrow<py::object>(wanted);
+  if (PyTuple_GET_SIZE(wanted) != 2) refuse(PyExc_ValueError, "gradient: expected a tensor or (shape, dtype)");
+  return new_tensor(like, PyTuple_GET_ITEM(wanted, 0), PyTuple_GET_ITEM(wanted, 1));
+}
+
+}  // namespace
 
 // rows(out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status,
-// only_check) -> None. `status`: None, or the record that is kept on the device. `only_check`: no row is written.
+// only_check) -> out. `out`: a tensor, or the dtype of one that is made here. `status`: None, or the record that is
+// kept on the device. `only_check`: no row is written.
 PyObject* py_cuda_rows(PyObject* const* args) {
-  const Call call(args[0], "out");
+  const Call call(args[7], "source_index");
   Merge merge = read_sources(args);
-  read_output(args, &merge);
-  read_indexes(args, tensor(args[7], "source_index"), &merge);
+  const dlpack::Tensor index = tensor(args[7], "source_index");
+  if (index.ndim != 2) refuse(PyExc_ValueError, "source_index: expected (G, W)");
+  const py::object out = given_or_new_rows(args[7], args[0], {index.shape[0], index.shape[1], merge.dim});
+  read_output(out.ptr(), &merge);
+  read_indexes(args, index, &merge);
   int64_t* const status = status_record(args[11]);
   if (truth(args[12]))
     cuda::check_tokens(merge, status, call.stream());
   else
     cuda::merge_rows(merge, status, call.stream());
-  Py_RETURN_NONE;
+  return py::object(out).release().ptr();
 }
 
-// rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_features) -> None
+// rows_backward(grad, source_index, text_index, tokens, scale, starts, add, grad_text, grad_features) -> (the gradient
+// of the text, *those of the features). A gradient: a tensor, the (shape, dtype) of one that is made here, or None
+// where none is wanted.
 PyObject* py_cuda_rows_backward(PyObject* const* args) {
   const Call call(args[0], "grad");
   MergeBackward backward = read_grad(args);
   const Items starts(args[5], "starts: expected a list of ints"), features(args[8], "grad_features: expected a list");
   if (features.size() > starts.size()) refuse(PyExc_ValueError, "starts: fewer than grad_features");
-  backward.wants_text = args[7] != Py_None;
-  if (backward.wants_text) backward.text = read_gradient(args[7], backward.dim, "grad_text");
+  py::tuple made(static_cast<size_t>(features.size()) + 1);
+  auto given_or_made = [&](int64_t place, PyObject* wanted) {
+    PyObject* const tensor = given_or_new(args[0], wanted).release().ptr();
+    PyTuple_SET_ITEM(made.ptr(), place, tensor);
+    return tensor;
+  };
+  PyObject* const text = given_or_made(0, args[7]);
+  backward.wants_text = text != Py_None;
+  if (backward.wants_text) backward.text = read_gradient(text, backward.dim, "grad_text");
   for (int64_t i = 0; i < features.size(); ++i) {
-    if (features[i] == Py_None) continue;
-    const Gradient out = read_gradient(features[i], backward.dim, "grad_features");
+    PyObject* const feature = given_or_made(i + 1, features[i]);
+    if (feature == Py_None) continue;
+    const Gradient out = read_gradient(feature, backward.dim, "grad_features");
     if (out.rows > 0) backward.features.push_back({out, whole(starts[i]), owned_rows(starts, i, out.rows)});
   }
   cuda::merge_rows_backward(backward, call.stream());
-  Py_RETURN_NONE;
+  return made.release().ptr();
+}
+
+// gradients(as rows_backward) -> the same, or None where `grad` is not an ordinary tensor or a mode of torch is active
+PyObject* py_cuda_gradients(PyObject* const* args) {
+  dlpack::Tensor grad;
+  if (!called_plainly() || !at_device_of(args[0]) || !usual(args[0], &grad)) Py_RETURN_NONE;
+  return py_cuda_rows_backward(args);
 }
 
 // weight_ids(grad, source_index, text_index, tokens, scale, starts, add, grad_weight, ids) -> None

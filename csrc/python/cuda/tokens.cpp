@@ -1,10 +1,14 @@
+#include <memory>
+
 #include "../../cuda/merge_tokens.h"
+#include "../arguments.h"
 #include "../batch_arguments.h"
 #include "../row_arguments.h"
 #include "../usual_call.h"
 #include "../versions.h"
 #include "call.h"
 #include "functions.h"
+#include "torch_tensors.h"
 
 namespace vlm_fuse {
 namespace {
@@ -17,11 +21,70 @@ bool in_one_launch(const Batch& batch, int64_t width) {
          batch.layout != Layout::kPadded && width >= 0 && width < INT32_MAX && kind.rows < INT32_MAX && whole_images;
 }
 
+// The tensors that the launch writes, (source_index, text_index, position_ids, document_ids, attention_mask, labels,
+// cu_seqlens, kv_lo, kv_hi), None where not wanted.
+py::tuple new_facts(PyObject* like, const Batch& batch, int64_t groups, int64_t width, bool text_index,
+                    bool intervals) {
+  auto rows = [&](PyObject* dtype, bool wanted = true) {
+    return wanted ? new_tensor(like, {groups, width}, dtype) : py::none();
+  };
+  PyObject *const narrow = allocation.int32(), *const wide = allocation.int64();
+  return py::make_tuple(rows(narrow), rows(narrow, text_index), rows(wide), rows(narrow), rows(allocation.boolean()),
+                        rows(batch.labels.bytes == 8 ? wide : narrow, static_cast<bool>(batch.labels)),
+                        new_tensor(like, {batch.samples + 1}, narrow), rows(narrow, intervals),
+                        rows(narrow, intervals));
+}
+
+cuda::TokenFacts read_facts(const py::tuple& made, const Batch& batch, int64_t rows) {
+  PyObject* const* const facts = &PyTuple_GET_ITEM(made.ptr(), 0);
+  cuda::TokenFacts found;
+  found.source_index = flat<int32_t>(facts[0], rows, "source_index");
+  found.text_index = flat_or_null<int32_t>(facts[1], rows, "text_index");
+  found.position_ids = flat<int64_t>(facts[2], rows, "position_ids");
+  found.document_ids = flat<int32_t>(facts[3], rows, "document_ids");
+  found.attention_mask = flat<uint8_t>(facts[4], rows, "attention_mask");
+  if (batch.labels) found.labels = tensor(facts[5], "labels").data;
+  found.cu_seqlens = flat<int32_t>(facts[6], batch.samples + 1, "cu_seqlens");
+  found.kv_lo = flat_or_null<int32_t>(facts[7], rows, "kv_lo");
+  found.kv_hi = flat_or_null<int32_t>(facts[8], rows, "kv_hi");
+  return found;
+}
+
+// A call that was recognised, with everything read that the launch needs.
+struct TokensCall {
+  Batch batch;
+  Merge merge;  // all but the output and the scale
+  int64_t groups;
+  int64_t width;
+  cuda::TokenFacts facts;
+  void* workspace;
+  py::object tensors;  // those that are pointed into
+};
+
+constexpr char kTokensCall[] = "vlm_fuse.tokens_call";
+
+void forget(PyObject* capsule) { delete static_cast<TokensCall*>(PyCapsule_GetPointer(capsule, kTokensCall)); }
+
+Merge merge_of(const Sources& sources, bool add) {
+  Merge merge;
+  merge.dim = last_size(sources.table, "table");
+  merge.text = row_table(sources.table, merge.dim, "table");
+  if (sources.table.ndim == 2) {
+    merge.tokens = sources.batch.tokens;
+    merge.token_count = sources.batch.samples * sources.batch.length;
+  }
+  if (sources.features.ndim > 0)
+    merge.features.append(row_table(sources.features, merge.dim, "features"), 0, merge.dim);
+  merge.add = add;
+  return merge;
+}
+
 }  // namespace
 
 // usual_tokens(input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, token, layout,
-// left, unused, width, out) -> (kinds, versions, shape of source_index, bytes of workspace) where merge_tokens can
-// serve the call; None where anything is out of the ordinary.
+// left, unused, width, out, add, window) -> (call, kinds, versions, the tensors that it writes) where one launch can
+// serve the call; None where anything is out of the ordinary. `window`: of a causal mask whose intervals are wanted, 0
+// without one, None: no intervals.
 PyObject* py_cuda_usual_tokens(PyObject* const* args) {
   Sources sources;
   if (!at_device_of(args[0]) || !usual_sources(args, &sources) || !usual_batch(args + 4, &sources)) Py_RETURN_NONE;
@@ -31,12 +94,27 @@ PyObject* py_cuda_usual_tokens(PyObject* const* args) {
   const int64_t groups = output_rows(batch);
   if (!in_one_launch(batch, width) || !usual_output(args[12], sources, groups, width)) Py_RETURN_NONE;
   const Call call(args[0], "input_ids");
+  const bool add = truth(args[13]), intervals = args[14] != Py_None;
+  const py::tuple made = new_facts(args[0], batch, groups, width, add, intervals);
+  const int64_t needed = cuda::merge_tokens_workspace(batch);
+  const py::object workspace = needed > 0 ? new_tensor(args[0], {needed}, allocation.uint8()) : py::none();
+  auto found = std::make_unique<TokensCall>();
+  found->facts = read_facts(made, batch, groups * width);
+  if (intervals) found->facts.window = static_cast<int32_t>(whole(args[14]));
+  found->workspace = needed > 0 ? flat<uint8_t>(workspace.ptr(), needed, "workspace") : nullptr;
+  found->merge = merge_of(sources, add);
+  found->batch = batch;
+  found->groups = groups;
+  found->width = width;
+  found->tensors = py::make_tuple(py::handle(args[0]), py::handle(sources.table_object), py::handle(args[3]),
+                                  py::handle(args[4]), py::handle(args[5]), made, workspace);
+  const py::object capsule = py::reinterpret_steal<py::object>(PyCapsule_New(found.get(), kTokensCall, forget));
+  if (!capsule) throw py::error_already_set();
+  found.release();
   const Kind& kind = batch.kinds.front();
   const py::tuple kinds = py::make_tuple(py::handle(args[7]), 0, kind.rows, kind.images, kind.rows_each);
   PyObject* const written[] = {args[0], args[4], args[6], args[5]};
-  return py::make_tuple(kinds, versions(written), py::make_tuple(groups, width), cuda::merge_tokens_workspace(batch))
-      .release()
-      .ptr();
+  return py::make_tuple(capsule, kinds, versions(written), made).release().ptr();
 }
 
 // rows_of(input_ids, inputs_embeds, weight, image_embeds, out, source_index): as usual_call.h says
@@ -45,41 +123,22 @@ PyObject* py_cuda_rows_of(PyObject* const* args) {
   return rows_of(args);
 }
 
-// merge_tokens(as rows, 12 arguments, *batch, (source_index, text_index, position_ids, document_ids, attention_mask,
-// labels, cu_seqlens, kv_lo, kv_hi), window, workspace) -> None. The facts are written too; None: not wanted.
+// merge_tokens(call, out, scale, only_features, status) -> out. `call`: of usual_tokens. `out`: a tensor, or the dtype
+// of new rows. `status`: None, or the record that is kept on the device.
 PyObject* py_cuda_merge_tokens(PyObject* const* args) {
-  const Call call(args[0], "out");
-  Merge merge = read_sources(args);
-  read_output(args, &merge);
-  const Batch batch = read_batch(args + 12, false);
-  PyObject* const* const rest = args + 12 + kBatchFields;
-  const Items wanted(rest[0], "facts: expected nine tensors");
-  if (wanted.size() != 9) refuse(PyExc_ValueError, "facts: expected nine tensors");
-  const int64_t rows = merge.out.rows, groups = output_rows(batch);
-  const int64_t width = groups > 0 ? rows / groups : 0;
-  if (batch.kinds.size() != 1 || merge.features.all().size() > 1 || !in_one_launch(batch, width) ||
-      (batch.layout == Layout::kKeep && rows != batch.samples * batch.length)) {
-    refuse(PyExc_ValueError, "merge_tokens: a batch that one launch does not serve");
-  }
-  cuda::TokenFacts facts;
-  facts.source_index = flat_or_null<int32_t>(wanted[0], rows, "source_index");
-  facts.text_index = flat_or_null<int32_t>(wanted[1], rows, "text_index");
-  facts.position_ids = flat_or_null<int64_t>(wanted[2], rows, "position_ids");
-  facts.document_ids = flat_or_null<int32_t>(wanted[3], rows, "document_ids");
-  facts.attention_mask = flat_or_null<uint8_t>(wanted[4], rows, "attention_mask");
-  if (wanted[5] != Py_None && batch.labels) {
-    facts.labels = batch.labels.bytes == 4 ? static_cast<void*>(flat<int32_t>(wanted[5], rows, "labels"))
-                                           : flat<int64_t>(wanted[5], rows, "labels");
-  }
-  facts.cu_seqlens = flat_or_null<int32_t>(wanted[6], batch.samples + 1, "cu_seqlens");
-  facts.kv_lo = flat_or_null<int32_t>(wanted[7], rows, "kv_lo");
-  facts.kv_hi = flat_or_null<int32_t>(wanted[8], rows, "kv_hi");
-  facts.window = static_cast<int32_t>(whole(rest[1]));
-  void* workspace = nullptr;
-  const int64_t needed = cuda::merge_tokens_workspace(batch);
-  if (needed > 0) workspace = flat<uint8_t>(rest[2], needed, "workspace");
-  cuda::merge_tokens(batch, merge, width, facts, workspace, status_record(args[11]), call.stream());
-  Py_RETURN_NONE;
+  auto* const found = static_cast<TokensCall*>(PyCapsule_GetPointer(args[0], kTokensCall));
+  if (found == nullptr) throw py::error_already_set();
+  PyObject* const input_ids = PyTuple_GET_ITEM(found->tensors.ptr(), 0);
+  const Call call(input_ids, "input_ids");
+  Merge merge = found->merge;
+  const py::object out = given_or_new_rows(input_ids, args[1], {found->groups, found->width, merge.dim});
+  read_output(out.ptr(), &merge);
+  if (merge.out.rows != found->groups * found->width) refuse(PyExc_ValueError, "out: not of the rows of this call");
+  merge.scaled = read_scale(args[2], &merge.scale);
+  merge.only_features = truth(args[3]);
+  cuda::merge_tokens(found->batch, merge, found->width, found->facts, found->workspace, status_record(args[4]),
+                     call.stream());
+  return py::object(out).release().ptr();
 }
 
 }  // namespace vlm_fuse
