@@ -1,4 +1,5 @@
 #include <memory>
+#include <utility>
 
 #include "../../cuda/merge_tokens.h"
 #include "../arguments.h"
@@ -53,7 +54,7 @@ cuda::TokenFacts read_facts(const py::tuple& made, const Batch& batch, int64_t r
 // A call that was recognised, with everything read that the launch needs.
 struct TokensCall {
   Batch batch;
-  Merge merge;  // all but the output and the scale
+  Merge merge;  // the output and the scale are those of the last launch
   int64_t groups;
   int64_t width;
   cuda::TokenFacts facts;
@@ -103,16 +104,15 @@ PyObject* py_cuda_usual_tokens(PyObject* const* args) {
   if (intervals) found->facts.window = static_cast<int32_t>(whole(args[14]));
   found->workspace = needed > 0 ? flat<uint8_t>(workspace.ptr(), needed, "workspace") : nullptr;
   found->merge = merge_of(sources, add);
-  found->batch = batch;
   found->groups = groups;
   found->width = width;
   found->tensors = py::make_tuple(py::handle(args[0]), py::handle(sources.table_object), py::handle(args[3]),
                                   py::handle(args[4]), py::handle(args[5]), made, workspace);
   const py::object capsule = py::reinterpret_steal<py::object>(PyCapsule_New(found.get(), kTokensCall, forget));
   if (!capsule) throw py::error_already_set();
-  found.release();
-  const Kind& kind = batch.kinds.front();
+  const Kind& kind = sources.kind;
   const py::tuple kinds = py::make_tuple(py::handle(args[7]), 0, kind.rows, kind.images, kind.rows_each);
+  found.release()->batch = std::move(sources.batch);
   PyObject* const written[] = {args[0], args[4], args[6], args[5]};
   return py::make_tuple(capsule, kinds, versions(written), made).release().ptr();
 }
@@ -130,7 +130,7 @@ PyObject* py_cuda_merge_tokens(PyObject* const* args) {
   if (found == nullptr) throw py::error_already_set();
   PyObject* const input_ids = PyTuple_GET_ITEM(found->tensors.ptr(), 0);
   const Call call(input_ids, "input_ids");
-  Merge merge = found->merge;
+  Merge& merge = found->merge;
   const py::object out = given_or_new_rows(input_ids, args[1], {found->groups, found->width, merge.dim});
   read_output(out.ptr(), &merge);
   if (merge.out.rows != found->groups * found->width) refuse(PyExc_ValueError, "out: not of the rows of this call");
