@@ -288,6 +288,20 @@ def test_nan_and_inf_stay_in_their_rows(combine, backend, device):
     assert_bits(out[2], text[0, 2], "a row with one inf")
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=lambda dtype: short(dtype))
+def test_sums_are_in_double_where_any_table_is(out_dtype, backend, device):
+    """Also in rows whose own two tables are not."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.tensor([[1, 7, 7, 2, 7, 7, 7, 3]], device=device)
+    text = torch.randn(1, 8, 33, generator=generator).to(device)
+    single, double = (torch.randn(rows, 33, generator=generator).to(device, dtype) for rows, dtype in ((2, torch.float32), (3, torch.float64)))
+    out = torch.empty(1, 8, 33, dtype=out_dtype, device=device)
+    vlm_fuse.merge(ids, text, [single, double], image_token_id=7, combine="add", out=out, backend=backend)
+    wanted = text[0].double()
+    wanted[[1, 2, 4, 5, 6]] += torch.cat([single.double(), double])
+    assert_bits(out[0], wanted.to(out_dtype), "sums")
+
+
 def test_embedding_under_a_placeholder_is_not_read(backend, device):
     """clone-and-index overwrites it, so its NaN must not show."""
     ids = torch.tensor([[1, 7, 7]], device=device)

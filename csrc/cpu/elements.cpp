@@ -85,10 +85,10 @@ void Writer::sum_alike(char* to, const char* text, const char* feature, int64_t 
 }
 
 void Writer::sum(char* to, const char* text, const Reader& text_reader, const char* feature,
-                 const Reader& feature_reader, int64_t count) const {
+                 const Reader& feature_reader, int64_t count, bool wide) const {
+  // fp64 would round to the same: it has more than twice the digits of any narrower type
   const bool alike = text_reader.as_is() && feature_reader.as_is() && text_reader.dtype == feature_reader.dtype;
   if (alike && text_reader.dtype == dtype_) return sum_alike(to, text, feature, count);
-  const bool wide = text_reader.dtype == DType::kF64 || feature_reader.dtype == DType::kF64;
   if (wide)
     sum_in<double>(to, text, text_reader, feature, feature_reader, count);
   else

@@ -45,9 +45,9 @@ class Writer {
   // soon after, or null.
   void copy(char* to, const char* from, int64_t count, const Reader& reader, const char* ahead = nullptr) const;
 
-  // The sum of two rows, in fp64 where either is, else in fp32, rounded once.
+  // The sum of two rows in fp64, if `wide`, else in fp32, rounded once.
   void sum(char* to, const char* text, const Reader& text_reader, const char* feature, const Reader& feature_reader,
-           int64_t count) const;
+           int64_t count, bool wide) const;
 
   // The sum of `rows` rows in order, row(i) being the i-th, in fp64 where either side is, else in fp32; times `scale`
   // rounded to the output's type, if `scaled`; added to what is there, if `accumulate`; rounded once.

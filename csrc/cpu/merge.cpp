@@ -14,7 +14,8 @@ class RowWriter {
         writer_(merge.out.dtype, store),
         text_reader_(merge.text, merge.scaled, merge.scale),
         dense_out_(merge.out.dense(merge.dim)),
-        dense_text_(merge.text.dense(merge.dim) && !merge.tokens && !merge.scaled) {
+        dense_text_(merge.text.dense(merge.dim) && !merge.tokens && !merge.scaled),
+        wide_sums_(merge.has_doubles()) {
     if (!merge.features.all().empty()) use(merge.features.all()[0].table);
   }
 
@@ -51,7 +52,7 @@ class RowWriter {
     const char* feature = entry->table.row(local);
     if (&entry->table != current_) use(entry->table);
     if (text != nullptr) {
-      writer_.sum(merge_.out.row(row), text, text_reader_, feature, feature_reader_, merge_.dim);
+      writer_.sum(merge_.out.row(row), text, text_reader_, feature, feature_reader_, merge_.dim, wide_sums_);
       return 1;
     }
     if (merge_.add || !dense_feature_) return write_rows(row, 1, feature, feature_reader_);
@@ -124,6 +125,7 @@ class RowWriter {
   Reader feature_reader_;
   bool dense_out_;
   bool dense_text_;
+  bool wide_sums_;
   bool dense_feature_ = false;
   const RowTable* current_ = nullptr;
   size_t hint_ = 0;

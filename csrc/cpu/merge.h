@@ -21,6 +21,13 @@ struct Merge {
   bool scaled = false;
   double scale = 1.0;
   FeatureTables features;
+
+  // Sums are then in fp64, all of them.
+  bool has_doubles() const {
+    bool any = text.dtype == DType::kF64;
+    for (const FeatureTable& feature : features.all()) any |= feature.table.dtype == DType::kF64;
+    return any;
+  }
 };
 
 // The first text row whose id is not in the embedding table, before anything is written.

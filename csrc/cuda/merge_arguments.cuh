@@ -34,17 +34,11 @@ inline bool as_bytes(const Merge& merge) {
   return all;
 }
 
-inline bool has_doubles(const Merge& merge) {
-  bool any = merge.text.dtype == DType::kF64;
-  for (const FeatureTable& feature : merge.features.all()) any |= feature.table.dtype == DType::kF64;
-  return any;
-}
-
 // Calls `each` with a value of the type that the kernel is to compute in.
 template <class Each>
 void with_numbers(const Merge& merge, Each&& each) {
   if (as_bytes(merge)) return each(AsBytes{});
-  if (has_doubles(merge)) return each(double{});
+  if (merge.has_doubles()) return each(double{});
   each(float{});
 }
 

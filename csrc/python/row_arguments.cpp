@@ -80,4 +80,11 @@ Gradient read_gradient(PyObject* object, int64_t dim, const char* name) {
   return {static_cast<char*>(found.data), rows, row_dtype(found, name)};
 }
 
+MergeBackward read_weight_backward(PyObject* const* args) {
+  MergeBackward backward = read_grad(args);
+  read_weight_tokens(args, &backward);
+  backward.weight = read_gradient(args[7], backward.dim, "grad_weight");
+  return backward;
+}
+
 }  // namespace vlm_fuse

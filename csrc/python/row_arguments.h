@@ -26,4 +26,7 @@ void read_weight_tokens(PyObject* const* args, MergeBackward* backward);
 // Contiguous rows to be written.
 Gradient read_gradient(PyObject* object, int64_t dim, const char* name);
 
+// The same up to `add`, then the gradient of the embedding weight.
+MergeBackward read_weight_backward(PyObject* const* args);
+
 }  // namespace vlm_fuse

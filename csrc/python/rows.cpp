@@ -111,9 +111,7 @@ PyObject* py_gradients(PyObject* const* args) {
 
 // accumulate_weight(grad, source_index, text_index, tokens, scale, starts, add, weight_grad) -> None
 PyObject* py_accumulate_weight(PyObject* const* args) {
-  MergeBackward backward = read_grad(args);
-  read_weight_tokens(args, &backward);
-  backward.weight = read_gradient(args[7], backward.dim, "weight_grad");
+  MergeBackward backward = read_weight_backward(args);
   backward.wants_weight = backward.accumulate = true;
   without_gil(backward.grad.rows * backward.dim * 4, [&] { merge_rows_backward(backward); });
   Py_RETURN_NONE;

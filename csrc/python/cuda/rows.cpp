@@ -73,9 +73,7 @@ PyObject* py_cuda_gradients(PyObject* const* args) {
 // weight_ids(grad, source_index, text_index, tokens, scale, starts, add, grad_weight, ids) -> None
 PyObject* py_cuda_weight_ids(PyObject* const* args) {
   const Call call(args[0], "grad");
-  MergeBackward backward = read_grad(args);
-  read_weight_tokens(args, &backward);
-  backward.weight = read_gradient(args[7], backward.dim, "grad_weight");
+  const MergeBackward backward = read_weight_backward(args);
   cuda::weight_ids(backward, flat<int32_t>(args[8], backward.grad.rows, "ids"), call.stream());
   Py_RETURN_NONE;
 }
@@ -84,9 +82,7 @@ PyObject* py_cuda_weight_ids(PyObject* const* args) {
 // -> None. `ids`: those of weight_ids, sorted, and `order`: the rows that they belong to.
 PyObject* py_cuda_weight_gradient(PyObject* const* args) {
   const Call call(args[0], "grad");
-  MergeBackward backward = read_grad(args);
-  read_weight_tokens(args, &backward);
-  backward.weight = read_gradient(args[7], backward.dim, "grad_weight");
+  const MergeBackward backward = read_weight_backward(args);
   const int32_t* ids = flat<int32_t>(args[8], backward.grad.rows, "ids");
   const int64_t* order = flat<int64_t>(args[9], backward.grad.rows, "order");
   cuda::weight_gradient(backward, ids, order, truth(args[10]), call.stream());
