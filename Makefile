@@ -31,8 +31,9 @@ help:
 demo: $(READY)
 	@$(PYTHON) -m examples.demo $(ARGS)
 
-# a file stays in one process: what its tests share is made once
-PARALLEL = $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist loadfile)
+# a file stays in one process, since what its tests share is made once; conftest.py puts those first that take long
+XDIST = from importlib.metadata import version; assert tuple(map(int, version("pytest-xdist").split(".")[:2])) >= (3, 7)
+PARALLEL = $$($(PYTHON) -c '$(XDIST)' 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 
 test: $(READY)
 	@$(PYTHON) -m pytest $(PARALLEL) $(ARGS)

@@ -128,7 +128,7 @@ def calls(batch: Tiny, text: torch.Tensor, features: torch.Tensor, weight: torch
     return made
 
 
-def measure(mode: str, device: str, rounds: int, repeats: int, emulated: bool) -> Times:
+def measure(mode: str, device: str, rounds: int, repeats: int, emulated: bool = False) -> Times:
     """All contestants in one mode."""
     batch = tiny(device)
     wanted = mode != "forward"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 _FOLDER = Path(torch.__file__).parent / "lib"
 
 
+@functools.cache
 def function(library: str, name: str):
     """An exported function, or None where this torch has none of that name."""
     for suffix in ("so", "dylib"):
