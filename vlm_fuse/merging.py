@@ -331,7 +331,7 @@ def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, a
 def _usual_on_device(kernels, chosen, given: tuple, out):
     if out is not None and ops.mode_of(chosen.settings.validate, given[0]) == "sync":  # nothing may be written before the check
         return None, None
-    made = kernels.merge_usual(chosen, *given, out)
+    made = kernels.merge_usual(chosen, given, out)
     if made is None:
         return None, None
     call, versions, (source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, kv_lo, kv_hi) = made

@@ -50,20 +50,17 @@ def _window(attend, holes: bool) -> int | None:
     return attend.window or 0
 
 
-def merge_usual(
-    chosen, input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, out
-) -> tuple | None:
+def merge_usual(chosen, given: tuple, out: Tensor | None) -> tuple | None:
     """(the call, versions, what it will have written), or None where one launch cannot serve it.
 
+    `given`: input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id.
     Written are source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, kv_lo, kv_hi; None where it is
     not made.
     """
     scheme, layout, left, unused, settings = chosen
+    input_ids, _, _, _, attention_mask, labels, document_ids, _ = given
     window = _window(settings.attend, layout == _KEEP and attention_mask is not None)
-    found = module.usual_tokens(
-        input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id, layout, left, unused, settings.length, out,
-        settings.combine == "add", window,
-    )  # fmt: skip
+    found = module.usual_tokens(*given, layout, left, unused, settings.length, out, settings.combine == "add", window)
     if found is None:
         return None
     call, kinds, versions, made = found
