@@ -87,7 +87,9 @@ def barriers() -> dict[str, list[int]]:
 
 
 #: how many barriers of a file can go without notice: a caller or a callee has one too, or cases as small as these do not show it.
-SPARE = {"merge_tokens.cuh": 4, "vocabulary.cuh": 1, "block_map.cuh": 1, "check.cuh": 1, "intervals.cuh": 5, "plan.cuh": 1, "scan.cuh": 2}
+SPARE = {
+    "merge_tokens.cuh": 4, "vocabulary.cuh": 1, "block_map.cuh": 1, "block_sums.cuh": 1, "check.cuh": 1, "documents.cuh": 1, "intervals.cuh": 5, "plan.cuh": 1,
+}  # fmt: skip
 
 
 def what_happens_without(site: str, threads: bool) -> str:

@@ -1,6 +1,6 @@
 // Sources and facts of the output rows, each written once.
 //
-// A warp owns a segment of the tokens (scan.cuh). Where a token has one row ("placeholders") each lane writes that of
+// A warp owns a segment of the tokens (tokens.cuh). Where a token has one row ("placeholders") each lane writes that of
 // its token; else the block shares out the rows of the tokens that its warps have just read, so that a large image does
 // not wait for one warp. The padding is shared out over all warps: pieces of output rows, or what is behind the packed
 // rows.
