@@ -14,7 +14,7 @@ from vlm_fuse.kernels import cuda_module
 pytestmark = pytest.mark.skipif(cuda_module.module is None, reason=f"no CUDA module: {cuda_module.reason}")
 
 DEVICE = vlm_fuse.backends()["cuda"].devices[-1] if cuda_module.module is not None else "cpu"
-NAMES = ("inputs_embeds", "source_index", "position_ids", "labels", "document_ids", "attention_mask", "cu_seqlens", "kv_lo", "kv_hi")
+NAMES = ("inputs_embeds", "source_index", "position_ids", "labels", "document_ids", "attention_mask", "cu_seqlens")
 
 ids = torch.tensor([[1, 9, 9, 2, 3], [4, 9, 5, 6, 0]], device=DEVICE)
 
@@ -44,8 +44,10 @@ def test_the_functions_are_found_in_this_torch():
 
 
 def test_results_are_tensors_of_torchs_allocator(way):
-    """Each with memory of its own that torch may resize, and a version of its own."""
+    """Each with memory of its own that torch may resize, and a version of its own; kv_lo and kv_hi share theirs."""
     out = merge(*rows())
+    assert out.kv_lo.untyped_storage().data_ptr() == out.kv_hi.untyped_storage().data_ptr() != out.source_index.untyped_storage().data_ptr()
+    assert out.kv_lo.data_ptr() % 64 == out.kv_hi.data_ptr() % 64 == 0 and out.kv_lo.is_contiguous() and out.kv_hi.is_contiguous()
     made = [getattr(out, name) for name in NAMES]
     assert len({tensor.untyped_storage().data_ptr() for tensor in made}) == len(made)
     for name, tensor in zip(NAMES, made):

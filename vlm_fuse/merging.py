@@ -334,13 +334,12 @@ def _usual_on_device(kernels, chosen, given: tuple, out):
     made = kernels.merge_usual(chosen, given, out)
     if made is None:
         return None, None
-    call, versions, (source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, kv_lo, kv_hi) = made
+    call, versions, (source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, intervals) = made
     facts = labels, position_ids, document_ids, attention_mask, cu_seqlens
     plan = TokenPlan(call.batch, chosen.settings, source_index, versions=versions, step_facts=facts)
     if text_index is not None:
         plan.text_index = text_index
-    if kv_lo is not None:
-        plan._own_intervals = kv_lo, kv_hi
+    plan._own_intervals = intervals
     return plan, call
 
 

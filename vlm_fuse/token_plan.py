@@ -97,7 +97,7 @@ class TokenPlan:
         self._batch = batch
         self._settings = settings
         self._masks: dict = {}
-        self._own_intervals = None  # (kv_lo, kv_hi) of settings.attend, where they were made with the rows
+        self._own_intervals = None  # int32 (2, at least G * W), kv_lo and kv_hi of settings.attend, where they were made with the rows
         self._target = None  # device that facts are sent to, where it is not the batch's own
         self._fill = fill
         self._versions = _versions(batch) if versions is None else versions
@@ -242,7 +242,9 @@ class TokenPlan:
         checks.attend_of(attend)
         found = self._masks.get(attend)
         if found is None and self._own_intervals is not None and attend == self.attend:
-            found = self._masks[attend] = IntervalMask._of((*self._own_intervals, None, None), self.source_index.shape[1])
+            shape = self.source_index.shape
+            kv_lo, kv_hi = (bounds[: shape.numel()].view(shape) for bounds in self._own_intervals)
+            found = self._masks[attend] = IntervalMask._of((kv_lo, kv_hi, None, None), shape[1])
         if found is None:
             _, _, _, validate, backend, _, prefix_lengths, parent_ids, _ = self._settings
             needs_images = attend.images != "causal"
@@ -279,7 +281,6 @@ class TokenPlan:
     def _moved(self, move) -> TokenPlan:
         plan = object.__new__(TokenPlan)
         plan.__dict__.update({name: move(value) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()})
-        plan._own_intervals = self._own_intervals and tuple(map(move, self._own_intervals))
         plan._masks = {attend: mask._moved(move) for attend, mask in self._masks.items()}
         return plan
 

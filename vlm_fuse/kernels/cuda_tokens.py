@@ -54,8 +54,8 @@ def merge_usual(chosen, given: tuple, out: Tensor | None) -> tuple | None:
     """(the call, versions, what it will have written), or None where one launch cannot serve it.
 
     `given`: input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id.
-    Written are source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, kv_lo, kv_hi; None where it is
-    not made.
+    Written are source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, intervals; None where it is
+    not made. `intervals` int32 (2, at least G * W): kv_lo, kv_hi.
     """
     scheme, layout, left, unused, settings = chosen
     input_ids, _, _, _, attention_mask, labels, document_ids, _ = given

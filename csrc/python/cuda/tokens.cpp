@@ -22,8 +22,12 @@ bool in_one_launch(const Batch& batch, int64_t width) {
          batch.layout != Layout::kPadded && width >= 0 && width < INT32_MAX && kind.rows < INT32_MAX && whole_images;
 }
 
+// Between the kv_lo of so many rows and their kv_hi: both are aligned as tensors are.
+int64_t apart(int64_t rows) { return (rows + 31) / 32 * 32; }
+
 // The tensors that the launch writes, (source_index, text_index, position_ids, document_ids, attention_mask, labels,
-// cu_seqlens, kv_lo, kv_hi), None where not wanted.
+// cu_seqlens, intervals), None where not wanted. `intervals`: kv_lo, then kv_hi, as one tensor, which costs the host
+// less.
 py::tuple new_facts(PyObject* like, const Batch& batch, int64_t groups, int64_t width, bool text_index,
                     bool intervals) {
   auto rows = [&](PyObject* dtype, bool wanted = true) {
@@ -32,8 +36,8 @@ py::tuple new_facts(PyObject* like, const Batch& batch, int64_t groups, int64_t 
   PyObject *const narrow = allocation.int32(), *const wide = allocation.int64();
   return py::make_tuple(rows(narrow), rows(narrow, text_index), rows(wide), rows(narrow), rows(allocation.boolean()),
                         rows(batch.labels.bytes == 8 ? wide : narrow, static_cast<bool>(batch.labels)),
-                        new_tensor(like, {batch.samples + 1}, narrow), rows(narrow, intervals),
-                        rows(narrow, intervals));
+                        new_tensor(like, {batch.samples + 1}, narrow),
+                        intervals ? new_tensor(like, {2, apart(groups * width)}, narrow) : py::none());
 }
 
 cuda::TokenFacts read_facts(const py::tuple& made, const Batch& batch, int64_t rows) {
@@ -46,8 +50,8 @@ cuda::TokenFacts read_facts(const py::tuple& made, const Batch& batch, int64_t r
   found.attention_mask = flat<uint8_t>(facts[4], rows, "attention_mask");
   if (batch.labels) found.labels = tensor(facts[5], "labels").data;
   found.cu_seqlens = flat<int32_t>(facts[6], batch.samples + 1, "cu_seqlens");
-  found.kv_lo = flat_or_null<int32_t>(facts[7], rows, "kv_lo");
-  found.kv_hi = flat_or_null<int32_t>(facts[8], rows, "kv_hi");
+  found.kv_lo = flat_or_null<int32_t>(facts[7], 2 * apart(rows), "intervals");
+  if (found.kv_lo != nullptr) found.kv_hi = found.kv_lo + apart(rows);
   return found;
 }
 
