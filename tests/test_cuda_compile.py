@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator.build import of_setup
+from emulator.build import brought_up_to_date, of_setup
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -60,23 +60,19 @@ def named(symbol: str) -> str:
 @pytest.fixture(scope="module")
 def folder() -> Path:
     """For every source and target a .cubin, with what ptxas says of it beside it; and the PTX of the last target."""
-    import ninja
-    from ninja.ninja_syntax import Writer
-
     folder = ROOT / "build" / "cuda_compile"
-    folder.mkdir(parents=True, exist_ok=True)
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout.split()[-1]
     flags = of_setup("NVCC_FLAGS")
-    with open(folder / "build.ninja", "w") as file:
-        writer = Writer(file)
+
+    def describe(writer) -> None:
         command = f"{NVCC} {' '.join(flags)} -Xptxas -v -arch=$arch $form -MD -MF $out.d $in -o $out > $out.said 2>&1 || (cat $out.said && false)"
         writer.rule("nvcc", f": {version}; {command}", depfile="$out.d", deps="gcc")
         for source in SOURCES:
             for target in TARGETS:
                 writer.build(str(folder / f"{source.stem}.{target}.cubin"), "nvcc", str(source), variables={"arch": target, "form": "-cubin"})
             writer.build(str(folder / f"{source.stem}.ptx"), "nvcc", str(source), variables={"arch": LAST, "form": "-ptx"})
-    command = [shutil.which("ninja", path=ninja.BIN_DIR) or "ninja", "-k", "0", "-C", str(folder)]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    ran = brought_up_to_date(folder, describe, "-k", "0")
     assert ran.returncode == 0, ran.stdout[-4000:]
     return folder
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,27 +60,40 @@ def object_of(source: Path) -> str:
     return f"{'_'.join(source.parts[-3:])}.o"
 
 
-def compile_together(sources: list[Path], target: Path, given: list[str]) -> Path:
-    """A library (or, without -shared, a program) of the sources and the emulator; only what changed is compiled again."""
+def brought_up_to_date(folder: Path, describe: Callable, *options: str) -> subprocess.CompletedProcess:
+    """A folder that ninja keeps. `describe` writes the rules and the builds to a ninja_syntax.Writer. What ninja says is in stdout."""
     import ninja
     from ninja.ninja_syntax import Writer
 
-    work = target.parent / f"{target.name}.objects"
-    work.mkdir(parents=True, exist_ok=True)
-    # sessions of pytest may run side by side
-    with open(work / "lock", "w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    # processes of pytest run side by side
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with open(work / "build.ninja", "w") as file:
-            writer = Writer(file)
-            writer.variable("flags", " ".join(flags(given)))
-            writer.rule("compile", f"{COMPILER} $flags -MMD -MF $out.d -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
-            writer.rule("link", f"{COMPILER} $flags $in -o $out -lpthread")
-            objects = []
-            for source in [*sources, EMULATOR]:
-                objects += writer.build(str(work / object_of(source)), "compile", str(source))
-            writer.build(str(target), "link", objects)
-        command = [shutil.which("ninja", path=ninja.BIN_DIR) or "ninja", "-C", str(work)]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with open(folder / "build.ninja", "w") as file:
+            describe(Writer(file))
+        command = [shutil.which("ninja", path=ninja.BIN_DIR) or "ninja", *options, "-C", str(folder)]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def compile_together(sources: list[Path], target: Path, given: list[str], others: dict[Path, list[str]] | None = None) -> Path:
+    """A library (or, without -shared, a program) of the sources and the emulator; only what changed is compiled again.
+
+    `given`: options of the compiler; `others`: of the sources that are compiled with others.
+    """
+    others = others or {}
+    work = target.parent / f"{target.name}.objects"
+
+    def describe(writer) -> None:
+        writer.variable("flags", " ".join(flags(given)))
+        writer.rule("compile", f"{COMPILER} $flags -MMD -MF $out.d -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
+        writer.rule("link", f"{COMPILER} $flags $in -o $out -lpthread")
+        objects = []
+        for source in [*sources, EMULATOR]:
+            own = {"flags": " ".join(flags(others[source]))} if source in others else None
+            objects += writer.build(str(work / object_of(source)), "compile", str(source), variables=own)
+        writer.build(str(target), "link", objects)
+
+    ran = brought_up_to_date(work, describe)
     if ran.returncode:
         raise RuntimeError("\n".join(line for line in ran.stdout.splitlines() if not line.startswith((str(COMPILER), "[")))[-4000:])
     return target
@@ -94,14 +108,15 @@ def run_program(program: Path, *arguments: str, environment: dict[str, str] | No
 
 @functools.cache
 def module() -> Path:
-    """The whole of vlm_fuse._cuda, emulated."""
+    """The whole of vlm_fuse._cuda, emulated; what is not a kernel is compiled as setup.py does, so that its time can be told."""
     import pybind11
 
     folder = ROOT / "build" / "emulator"
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    sources = [*kernel_sources(), *sorted((CSRC / "python/cuda").glob("*.cpp")), *(CSRC / "python" / name for name in of_setup("SHARED"))]
+    host = [*sorted((CSRC / "python/cuda").glob("*.cpp")), *(CSRC / "python" / name for name in of_setup("SHARED"))]
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return compile_together(sources, target, ["-O1", "-g1", "-fvisibility=hidden", "-shared", *includes])
+    shipped = dict.fromkeys(host, [*of_setup("FLAGS"), *includes])
+    return compile_together([*kernel_sources(), *host], target, ["-O1", "-g1", "-fvisibility=hidden", "-shared"], shipped)
 
 
 def install() -> None:
