@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .transfer import sent
 
 
 class Kind(NamedTuple):
@@ -25,7 +26,7 @@ class Kind(NamedTuple):
 def describe(image_embeds, image_token_id, image_sizes, placeholder_mask, scheme: str) -> tuple[Kind, ...]:
     """The kinds in order, from any form of the arguments."""
     if type(image_token_id) is int and type(image_embeds) is Tensor and image_sizes is None and placeholder_mask is None:
-        return (_kind_of(image_token_id, image_embeds),)  # the common case, without the detours below
+        return (_kind_of(checks.token_id("image_token_id", image_token_id), image_embeds),)  # the common case, without the detours below
     if isinstance(image_embeds, Mapping):
         if image_token_id is not None:
             raise ValueError("image_token_id: image_embeds is a dict, whose keys are the placeholder ids; give one or the other")
@@ -179,7 +180,7 @@ def counts_table(feature_counts, kinds: tuple[Kind, ...], samples: int, masked: 
             counts = checks.whole_numbers("feature_counts", given[kind.token])
             if counts.numel() != samples:
                 raise ValueError(f"feature_counts: expected one count a sample, {samples}, got {counts.numel()}")
-            rows = [*rows, counts.to(device, non_blocking=True)]
+            rows = [*rows, sent(counts, device)]
         else:
             rows = [*rows, torch.full((samples,), -1, dtype=torch.int64, device=device)]
     return torch.stack(list(rows)) if rows else None
@@ -207,4 +208,4 @@ def sizes_tensor(kinds: tuple[Kind, ...], device: torch.device) -> Tensor | None
     if not listed:
         return None
     sizes = listed[0] if len(listed) == 1 else torch.cat(listed)
-    return sizes if sizes.device == device else sizes.to(device, non_blocking=True)
+    return sent(sizes, device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks, mask_ops
 from ..attending import CAUSAL, Attend
+from ..transfer import sent
 from . import dense as _dense
 from . import hf as _hf
 from . import varlen as _varlen
@@ -176,6 +177,10 @@ class IntervalMask:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> IntervalMask:
         """The mask on another device. What `attention` has found out about it on the host goes along.
 
+        Args:
+            device: where to.
+            non_blocking: the host does not wait for copies to a GPU. For those to the CPU it always does.
+
         Example:
             >>> import torch
             >>> from vlm_fuse import IntervalMask
@@ -183,7 +188,7 @@ class IntervalMask:
             tensor([[1]], dtype=torch.int32)
         """
         device = torch.device(device)
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._moved(lambda tensor: sent(tensor, device, non_blocking))
 
     def _moved(self, move) -> IntervalMask:
         mask = IntervalMask._of(tuple([None if part is None else move(part) for part in self._parts[:4]]), self.kv_length)
