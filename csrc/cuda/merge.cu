@@ -13,7 +13,7 @@ void launch_rows(const Merge& merge, const RowArguments& rows, size_t first_tabl
   for (size_t i = first_table; i < tables.size() && features.count < Capacity; ++i)
     features.tables[features.count++] = tables[i];
   Grid grid = {blocks + (rows.status != nullptr), kRowThreads};
-  if (rows.status != nullptr) grid.shared = sizeof(CheckShared);
+  if (rows.status != nullptr) grid.shared = sizeof(OutsideShared);
   with_numbers(merge,
                [&](auto numbers) { launch(rows_kernel<decltype(numbers), Capacity>, grid, stream, rows, features); });
 }
@@ -40,7 +40,7 @@ void merge_rows(const Merge& merge, int64_t* status, Stream stream) {
 
 void check_tokens(const Merge& merge, int64_t* status, Stream stream) {
   if (merge.out.rows == 0 || !merge.tokens) return;
-  launch(vocabulary_kernel, {1, kRowThreads, sizeof(CheckShared)}, stream, arguments_of(merge, status));
+  launch(vocabulary_kernel, {1, kRowThreads, sizeof(OutsideShared)}, stream, arguments_of(merge, status));
 }
 
 }  // namespace vlm_fuse::cuda

@@ -26,7 +26,7 @@ template <class Numbers, int Capacity>
 __global__ void __launch_bounds__(kRowThreads, sizeof(Numbers) == 8 ? 2 : 4)
     rows_kernel(const __grid_constant__ RowArguments rows, const __grid_constant__ TableList<Capacity> features) {
   if (rows.status != nullptr && blockIdx.x + 1 == gridDim.x) {
-    report_outside(rows, shared_memory<CheckShared>());
+    report_outside(rows, shared_memory<OutsideShared>());
     return;
   }
   constexpr unsigned kWarps = kRowThreads / kLanes;

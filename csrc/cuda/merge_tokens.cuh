@@ -69,15 +69,15 @@ struct TokenShared {
 };
 
 // What a thread knows of a token.
-struct Token {
+struct PlainToken {
   int64_t id;
   bool here;
   bool kept;
   bool placeholder;
 };
 
-__device__ inline Token read_token(const TokenArguments& batch, unsigned token, bool here) {
-  Token found = {0, here, false, false};
+__device__ inline PlainToken read_token(const TokenArguments& batch, unsigned token, bool here) {
+  PlainToken found = {0, here, false, false};
   if (!here) return found;
   found.id = batch.tokens[token];
   found.kept = !batch.attention_mask || batch.attention_mask[token] != 0;
@@ -95,7 +95,7 @@ __device__ inline ChunkCount count_chunk(const TokenArguments& batch, unsigned c
 #pragma unroll 4
   for (unsigned at = first; at < end; at += kLanes) {
     const unsigned token = at + lane();
-    const Token found = read_token(batch, token, token < end);
+    const PlainToken found = read_token(batch, token, token < end);
     const unsigned placeholders = __ballot_sync(kAllLanes, found.placeholder);
     counted.kept += __popc(__ballot_sync(kAllLanes, found.kept));
     counted.kept_of_last += __popc(__ballot_sync(kAllLanes, found.kept && token >= last_sample));
@@ -309,7 +309,7 @@ __device__ inline void put_facts(const TokenArguments& batch, unsigned row, unsi
 // What comes before the tile goes on to what comes before the next.
 __device__ inline void plan_tile(const TokenArguments& batch, TokenShared& shared, unsigned first, unsigned end) {
   const unsigned token = first + threadIdx.x;
-  const Token found = read_token(batch, token, token < end);
+  const PlainToken found = read_token(batch, token, token < end);
   const unsigned placeholders = __ballot_sync(kAllLanes, found.placeholder),
                  kept = __ballot_sync(kAllLanes, found.kept);
   if (lane() == 0) {

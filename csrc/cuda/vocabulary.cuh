@@ -8,11 +8,11 @@ namespace vlm_fuse::cuda {
 
 constexpr int kRowThreads = 256;
 
-struct CheckShared {
+struct OutsideShared {
   unsigned first_bad[kRowThreads / kLanes];
 };
 
-__device__ inline void report_outside(const RowArguments& rows, CheckShared& shared) {
+__device__ inline void report_outside(const RowArguments& rows, OutsideShared& shared) {
   constexpr unsigned kAhead = 8, kNone = 0xffffffffu;  // rows a thread looks at before the block compares
   unsigned bad = kNone;
 #pragma unroll 1
@@ -47,7 +47,7 @@ __device__ inline void report_outside(const RowArguments& rows, CheckShared& sha
 }
 
 __global__ void __launch_bounds__(kRowThreads) vocabulary_kernel(const __grid_constant__ RowArguments rows) {
-  report_outside(rows, shared_memory<CheckShared>());
+  report_outside(rows, shared_memory<OutsideShared>());
 }
 
 }  // namespace vlm_fuse::cuda

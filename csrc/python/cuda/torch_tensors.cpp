@@ -1,6 +1,7 @@
 #include "torch_tensors.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "../arguments.h"
 
@@ -25,8 +26,8 @@ PyObject* from_functions(const int64_t* sizes, size_t dims, PyObject* dtype) {
                        device_of_call, &made) != 0) {
     return nullptr;
   }
+  const std::unique_ptr<OpaqueTensor, int32_t (*)(TensorHandle)> owned(made, allocation.release);
   PyObject* object = allocation.to_python(made);
-  allocation.release(made);
   if (object == nullptr) throw py::error_already_set();
   return object;
 }
