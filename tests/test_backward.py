@@ -1,5 +1,7 @@
 """Gradients of merge: the plan read the other way, against loops and against plain autograd, once and twice."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -287,6 +289,26 @@ def test_no_row_is_saved_for_backward(backend, device):
     out.backward(grad.to(device))
     for leaf, expected in zip(tensors.leaves, expected_gradients(case.tensors(), grad)):
         assert_equal(leaf.grad.cpu(), expected, "gradient")
+
+
+@pytest.mark.parametrize("options", [dict(), dict(layout="packed", length=12), dict(combine="add")], ids=str)
+@pytest.mark.parametrize("validate", ["sync", "async"])
+def test_rows_live_no_longer_than_their_owner_keeps_them(options, validate, backend, device):
+    """The graph of the backward keeps neither the rows given nor the rows made."""
+    ids = torch.tensor([[1, 9, 9, 2], [4, 5, 9, 3]], device=device)
+    leaf = torch.randn(2, 4, 8, device=device, requires_grad=True)
+    text, rows = leaf * 2, leaf[0, :3] * 3
+    merged = vlm_fuse.merge(ids, text, rows, image_token_id=9, validate=validate, backend=backend, **options)
+    loss = merged.inputs_embeds.sum()
+    kept = [weakref.ref(tensor) for tensor in (text, rows, merged.inputs_embeds, merged.position_ids)]
+    del text, rows, merged
+    gc.collect()
+    assert [found() is None for found in kept] == [True] * 4
+    loss.backward()
+    expected = torch.where((ids == 9)[..., None], float(options.get("combine") == "add"), 1.0) * 2
+    expected = expected.expand(2, 4, 8).clone()
+    expected[0, :3] += 3
+    assert_equal(leaf.grad, expected, "gradient")
 
 
 def test_ids_may_change_between_forward_and_backward(backend, device):

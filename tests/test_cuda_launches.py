@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif("cpu" not in vlm_fuse.backends()["cuda"].devices
 #: what costs no work on a device: memory and views.
 FREE = {
     "aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::detach", "detach", "aten::view", "aten::resize_",
-    "aten::lift_fresh", "aten::as_strided", "aten::contiguous",
+    "aten::lift_fresh", "aten::as_strided", "aten::contiguous", "aten::unbind", "aten::select", "aten::slice",
 }  # fmt: skip
 
 ids = torch.tensor([[1, 9, 9, 2, 3], [4, 9, 5, 6, 0]])

@@ -34,6 +34,8 @@ ATTENDS = [
     Attend("full", chunk_size=3),
     Attend("full", window=2, images="bidirectional_windowed"),
     Attend(chunk_size=3, images="bidirectional_windowed"),
+    Attend(window=2**32 + 1),
+    Attend("full", window=2**63, sinks=2**32),
 ]
 
 

@@ -165,7 +165,7 @@ def merge(
         inputs_embeds: ``(B, T, D)`` float32, bfloat16, float16 or float64 text embeddings, any strides. Or `weight`.
         image_embeds: feature rows in reading order: ``(N, D)``, ``(images, P, D)``, a list of ``(P_i, D)``, or a dict
             {placeholder id: any of these} for several kinds. Another dtype than the text's is converted. None: no rows.
-        image_token_id: the id that marks a placeholder; any int, also negative or past the table. Not with a dict.
+        image_token_id: the id that marks a placeholder; any of int64, also negative or past the table. Not with a dict.
         placeholder_mask: ``(B, T)`` bool instead of an id, one kind only.
         image_sizes: rows of each image where image_embeds does not tell: ints, an int tensor (on the CPU: one on a GPU is
             read back), or a dict by placeholder id.
@@ -334,9 +334,9 @@ def _usual_on_device(kernels, chosen, given: tuple, out):
     made = kernels.merge_usual(chosen, given, out)
     if made is None:
         return None, None
-    call, versions, (source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, intervals) = made
+    call, batch, versions, (source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, intervals) = made
     facts = labels, position_ids, document_ids, attention_mask, cu_seqlens
-    plan = TokenPlan(call.batch, chosen.settings, source_index, versions=versions, step_facts=facts)
+    plan = TokenPlan(batch, chosen.settings, source_index, versions=versions, step_facts=facts)
     if text_index is not None:
         plan.text_index = text_index
     plan._own_intervals = intervals

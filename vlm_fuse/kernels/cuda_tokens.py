@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attending import CAUSAL, Attend
+from ..attending import CAUSAL, NO_LIMIT, Attend
 from ..batch import LAYOUTS, RAISE, Batch, RecordedError
 from .cuda_merge import gradients
 from .cuda_module import module
@@ -20,24 +20,29 @@ _KEEP = LAYOUTS.index("keep")
 
 
 class MergeTokens:
-    """One call, ready to be launched: `rows` writes the rows and, with them, the tensors of the plan."""
+    """One call, ready to be launched: `rows` writes the rows and, with them, the tensors of the plan.
+
+    A launched one stays in the graph for its `gradients`, and holds no tensor.
+    """
 
     MAKES_TENSORS = True
     gradients = staticmethod(gradients)
 
     def __init__(self, call, batch: Batch):
         self._call = call
-        self.batch = batch
+        self.batch: Batch | None = batch  # for the words of an error
 
     def rows(self, out, text, weight, tokens, scale, features, starts, source_index, text_index, add, only_features, status) -> Tensor:
         """As `cuda_merge.rows`, of the tensors that the call was recognised with."""
         if status is not RAISE:
+            self.batch = None
             return module.merge_tokens(self._call, out, scale, only_features, status)
         found = torch.zeros(8, dtype=torch.int64, device=source_index.device)
         made = module.merge_tokens(self._call, out, scale, only_features, found)
         record = tuple(found.tolist())
         if record[0]:
             raise RecordedError(record)
+        self.batch = None
         return made
 
 
@@ -47,11 +52,11 @@ def _window(attend, holes: bool) -> int | None:
         return None if holes else 0
     if holes or not isinstance(attend, Attend) or attend != Attend(window=attend.window):
         return None
-    return attend.window or 0
+    return min(attend.window or 0, NO_LIMIT)
 
 
 def merge_usual(chosen, given: tuple, out: Tensor | None) -> tuple | None:
-    """(the call, versions, what it will have written), or None where one launch cannot serve it.
+    """(the call, the batch, versions, what it will have written), or None where one launch cannot serve it.
 
     `given`: input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id.
     Written are source_index, text_index, position_ids, document_ids, attention_mask, labels, cu_seqlens, intervals; None where it is
@@ -65,4 +70,4 @@ def merge_usual(chosen, given: tuple, out: Tensor | None) -> tuple | None:
         return None
     call, kinds, versions, made = found
     batch = tuple.__new__(Batch, (input_ids, attention_mask, document_ids, labels, kinds, None, None, scheme, layout, left, unused))
-    return MergeTokens(call, batch), versions, made
+    return MergeTokens(call, batch), batch, versions, made

@@ -55,7 +55,7 @@ cuda::TokenFacts read_facts(const py::tuple& made, const Batch& batch, int64_t r
   return found;
 }
 
-// A call that was recognised, with everything read that the launch needs.
+// A call that was recognised, with everything read that the one launch needs.
 struct TokensCall {
   Batch batch;
   Merge merge;  // the output and the scale are those of the last launch
@@ -63,7 +63,7 @@ struct TokensCall {
   int64_t width;
   cuda::TokenFacts facts;
   void* workspace;
-  py::object tensors;  // those that are pointed into
+  py::object tensors;  // those that are pointed into; null once it was launched
 };
 
 constexpr char kTokensCall[] = "vlm_fuse.tokens_call";
@@ -132,7 +132,9 @@ PyObject* py_cuda_rows_of(PyObject* const* args) {
 PyObject* py_cuda_merge_tokens(PyObject* const* args) {
   auto* const found = static_cast<TokensCall*>(PyCapsule_GetPointer(args[0], kTokensCall));
   if (found == nullptr) throw py::error_already_set();
-  PyObject* const input_ids = PyTuple_GET_ITEM(found->tensors.ptr(), 0);
+  const py::object tensors = std::move(found->tensors);  // the backward keeps the call, but must not keep the rows
+  if (!tensors) refuse(PyExc_RuntimeError, "call: launched before");
+  PyObject* const input_ids = PyTuple_GET_ITEM(tensors.ptr(), 0);
   const Call call(input_ids, "input_ids");
   Merge& merge = found->merge;
   const py::object out = given_or_new_rows(input_ids, args[1], {found->groups, found->width, merge.dim});
