@@ -83,6 +83,24 @@ def test_sync_names_it_before_anything_is_written(name, backend, device):
         assert_bits(tensors.text, before, "inputs_embeds in place")
 
 
+@pytest.mark.parametrize("options", [dict(), dict(layout="packed", length=8), dict(layout="padded")], ids=str)
+def test_sync_names_the_placeholder(options, backend, device):
+    ids = torch.tensor([[1, 77, 77, 2], [77, 3, 4, 1]], device=device)
+    with pytest.raises(ValueError, match=r"sample 1 has 1 placeholders \(placeholder id 77\)"):
+        vlm_fuse.merge(ids, torch.zeros(2, 4, 8, device=device), torch.ones(2, 8, device=device), image_token_id=77, validate="sync", backend=backend, **options)
+
+
+@pytest.mark.parametrize("validate", ["sync", "async"])
+def test_errors_of_batches_without_placeholders(validate, backend, device):
+    def refused(match, **options):
+        with pytest.raises(ValueError, match=match):
+            vlm_fuse.merge(torch.ones(2, 4, dtype=torch.int64, device=device), torch.zeros(2, 4, 8, device=device), validate=validate, backend=backend, **options)
+            vlm_fuse.raise_errors(device)
+
+    refused("length: the packed row needs 8 rows", layout="packed", length=7)
+    refused("id 0 returns", document_ids=torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0]], device=device))
+
+
 PLAN_KNOWS = [name for name, (case, *_) in MISMATCHES.items() if all(k.sizes is not None or k.counts is not None for k in case.given.kinds) and not any(k.rows != k.numbered for k in case.given.kinds)]
 
 
@@ -271,6 +289,8 @@ ARGUMENTS = {
     "id_as_float": (dict(image_token_id=5.0), TypeError, ["image_token_id"]),
     "id_as_bool": (dict(image_token_id=True), TypeError, ["image_token_id"]),
     "id_as_string": (dict(image_token_id="<image>"), TypeError, ["image_token_id"]),
+    "id_beyond_int64": (dict(image_token_id=2**63), ValueError, ["image_token_id", "int64"]),
+    "id_beyond_int64_in_a_dict": (dict(image_token_id=None, image_embeds={-(2**63) - 1: ROWS}), ValueError, ["image_embeds", "int64"]),
     "id_and_dict": (dict(image_embeds={5: ROWS}), ValueError, ["image_token_id", "dict"]),
     "id_and_mask": (dict(placeholder_mask=IDS == 5), ValueError, ["placeholder_mask", "image_token_id"]),
     "mask_of_ints": (dict(image_token_id=None, placeholder_mask=(IDS == 5).long()), TypeError, ["placeholder_mask"]),

@@ -310,6 +310,18 @@ def test_embedding_under_a_placeholder_is_not_read(backend, device):
     assert vlm_fuse.merge(ids, text, torch.ones(2, 6, device=device), image_token_id=7, backend=backend).inputs_embeds.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_zeros_keep_their_sign_where_there_is_no_text_to_add(dtype, backend, device):
+    """An id outside the table has no row: the feature row is copied as it is."""
+    ids = torch.tensor([[50, 3]], device=device)
+    rows = torch.tensor([[-0.0, 0.0, 1.0], [-0.0, 0.0, 2.0]], dtype=dtype, device=device)
+    weight = torch.zeros(5, 3, device=device)
+    out = vlm_fuse.merge(ids, None, rows[:1], weight=weight, image_token_id=50, combine="add", validate="off", backend=backend)
+    assert out.inputs_embeds[0, 0].signbit().tolist() == [True, False, False]
+    out = vlm_fuse.merge(ids, None, rows[:1], weight=weight, image_token_id=3, combine="add", validate="off", backend=backend)
+    assert out.inputs_embeds[0, 1].signbit().tolist() == [False, False, False]
+
+
 # -- outputs -----------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +439,18 @@ def test_unpack_is_differentiable(name, backend):
     assert_equal(gradient, expected, "gradient of unpack")
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_unpack_of_rows_that_did_not_fit(layout, side, backend, device):
+    """Where nobody checks, samples end with the width given, and no row goes to another sample."""
+    ids = torch.tensor([[9, 1], [9, 2]], device=device)
+    options = dict(scheme="expand", layout=layout, padding_side=side, image_token_id=9, length=2 if layout == "padded" else 4, validate="off", backend=backend)
+    out = vlm_fuse.merge(ids, torch.zeros(2, 2, 1, device=device), torch.ones(2, 2, 1, device=device), **options)
+    rows = torch.arange(1, 5, device=device).view(out.document_ids.shape)
+    expected = [[1, 2, 0], [3, 4, 0]] if layout == "padded" else [[1, 2, 3], [4, 0, 0]]
+    assert out.unpack(rows).tolist() == expected and out.unpack(rows.double()).tolist() == expected
+
+
 @pytest.mark.parametrize("name", ["no_samples", "no_tokens", "only_padding_packed", "no_samples_packed"])
 def test_unpack_of_nothing(name, backend):
     case = BY_NAME[name]
@@ -434,70 +458,6 @@ def test_unpack_of_nothing(name, backend):
     back = merged.unpack(merged.inputs_embeds)
     assert back.shape == (len(case.given.tokens), case.given.T, case.D)
     assert back.eq(0).all()
-
-
-# -- a plan made before ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.thinned(5)
-@pytest.mark.parametrize("case", [case for case in SPECIAL if case.given.kinds and not case.given.unused], ids=lambda case: case.name)
-def test_ready_plan(case, backend, device):
-    tensors = case.tensors(device=device)
-    plan = vlm_fuse.plan(case.input_ids(device), combine=case.combine, backend=backend, **case.settings(device), **case.kinds_for_plan(device))
-    arguments = tensors.merge_arguments()
-    with_all = merge(tensors, backend, plan=plan)
-    assert with_all.plan is plan
-    assert_equal(with_all.inputs_embeds.cpu(), expected_rows(case.tensors()), "with every argument again")
-    for name in ("attention_mask", "document_ids", "labels", "scheme", "layout", "padding_side", "length", "unused_features", "image_sizes", "feature_counts"):
-        arguments.pop(name, None)
-    few = vlm_fuse.merge(case.input_ids(device), backend=backend, plan=plan, **arguments)
-    assert_equal(few.inputs_embeds.cpu(), expected_rows(case.tensors()), "with the plan alone")
-    if case.given.labels is not None:
-        assert_bits(few.labels, with_all.labels, "labels of the plan")
-
-
-def test_labels_given_to_a_plan_without(backend):
-    case = BY_NAME["packed_layout"]
-    settings = case.settings() | dict(labels=None)
-    plan = vlm_fuse.plan(case.input_ids(), backend=backend, **settings, **case.kinds_for_plan())
-    assert plan.labels is None
-    merged = merge(case.tensors(), backend, plan=plan)
-    assert merged.labels.tolist() == case.answer().fact("label")
-    assert plan.labels is None
-
-
-def test_a_plan_serves_many_calls(backend):
-    case = BY_NAME["packed_three_kinds"]
-    plan = vlm_fuse.plan(case.input_ids(), backend=backend, **case.settings(), **case.kinds_for_plan())
-    for seed in range(3):
-        tensors = case.tensors(seed)
-        assert_bits(merge(tensors, backend, plan=plan).inputs_embeds, expected_rows(tensors), f"call {seed}")
-
-
-def test_kinds_find_their_rows_by_id_not_by_order(backend):
-    case = BY_NAME["three_kinds"]
-    tensors = case.tensors()
-    arguments = tensors.merge_arguments()
-    plan = vlm_fuse.plan(case.input_ids(), backend=backend, **case.settings(), **case.kinds_for_plan())
-    arguments["image_embeds"] = dict(reversed(arguments["image_embeds"].items()))
-    merged = vlm_fuse.merge(case.input_ids(), plan=plan, backend=backend, **arguments)
-    assert_bits(merged.inputs_embeds, expected_rows(tensors), "inputs_embeds")
-
-
-def test_more_rows_than_a_plan_with_unused_features_counted(backend):
-    """feature_starts are the plan's: rows beyond them are unused, of whatever kind."""
-    ids = torch.tensor([[1, 7, 8, 8]])
-    plan = vlm_fuse.plan(ids, image_token_id=(7, 8), unused_features="allow", backend=backend)
-    a, b, text = torch.randn(3, 4), torch.randn(2, 4), torch.randn(1, 4, 4)
-    out = vlm_fuse.merge(ids, text, {7: a, 8: b}, plan=plan, backend=backend).inputs_embeds[0]
-    assert_bits(out, torch.cat([text[0, :1], a[:1], b]), "inputs_embeds")
-
-
-def test_no_row_is_made_twice_for_other_kinds():
-    """What the plan numbers stays below 2**31 - 1 whatever the ids are."""
-    ids = torch.tensor([[2**62, -(2**62), 3]])
-    plan = vlm_fuse.plan(ids, image_token_id=(2**62, -(2**62)))
-    assert plan.source_index.tolist() == [[0, 1, -3]]
 
 
 def test_vocabulary_is_what_the_cases_think():

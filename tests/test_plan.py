@@ -97,7 +97,8 @@ def test_attention_mask_of_large_and_negative_values(backend, device):
     check_plan(vlm_fuse.plan(case.input_ids(device), backend=backend, **arguments), case)
 
 
-def test_inputs_of_the_plan_may_be_any_views(backend, device):
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32, torch.bfloat16], ids=str)
+def test_inputs_of_the_plan_may_be_any_views(mask_dtype, backend, device):
     case = BY_NAME["documents_padded"]
     arguments = case.settings(device) | case.kinds_for_plan(device)
 
@@ -106,6 +107,7 @@ def test_inputs_of_the_plan_may_be_any_views(backend, device):
         wide[::2] = tensor.t()
         return wide[::2].t()
 
+    arguments["attention_mask"] = arguments["attention_mask"].to(mask_dtype)
     for name in ("attention_mask", "document_ids", "labels"):
         arguments[name] = strided(arguments[name])
     ids = strided(case.input_ids(device))

@@ -73,9 +73,12 @@ def token_id(name: str, value) -> int:
     if isinstance(value, (bool, float, Tensor)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     try:
-        return operator.index(value)
+        found = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+    if not -(2**63) <= found < 2**63:
+        raise ValueError(f"{name}: {found} is no token id, which are int64; give the id that the tokenizer has for the placeholder")
+    return found
 
 
 def whole_numbers(name: str, value) -> Tensor:
@@ -413,7 +416,7 @@ def attention(q, k, v, mask, scale) -> None:
 
 
 def _placeholder_name(kind: int, batch: Batch | None) -> str:
-    if batch is None:
+    if batch is None or not batch.kind_count:
         return f"kind {kind + 1}"
     if SCHEMES[batch.scheme] == "images_first":
         return "images"

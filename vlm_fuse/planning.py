@@ -95,7 +95,7 @@ def _integers(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.dtype not in checks.MASK_DTYPES:
-        return attention_mask != 0
+        return (attention_mask != 0).contiguous()
     return attention_mask.contiguous()
 
 

@@ -471,7 +471,8 @@ def rows(out, text, weight, tokens, scale, features, starts, source_index, text_
     if add:
         summed = torch.zeros(len(source), dim, dtype=wide, device=out.device)
         summed[is_text] = text_rows.to(wide)
-        exact = (summed[is_feature] + feature_rows).to(out.dtype)
+        both = is_text[is_feature]  # else there is nothing to add, and -0.0 stays what it is
+        exact[both] = (summed[is_feature] + feature_rows)[both].to(out.dtype)
     plain[is_feature] = exact
     if only_features:
         target[is_feature] = exact

@@ -14,6 +14,7 @@ from .attending import Attend
 from .batch import KIND_FIELDS, LAYOUTS, PAD, SCHEMES, Batch
 from .masks import IntervalMask
 from .positions import after_parents
+from .transfer import sent
 
 SIDES = ("right", "left")
 UNUSED = ("error", "allow")
@@ -201,7 +202,7 @@ class TokenPlan:
                 "the plan was made; read it before, or give merge clones"
             )
         if self._target is not None:
-            made = tuple([fact.to(self._target, non_blocking=True) for fact in made])
+            made = tuple([sent(fact, self._target) for fact in made])
         self.__dict__.update(zip(names, made))
         if self._settings.parent_ids is not None and "position_ids" in names:
             parent_ids = self._settings.parent_ids
@@ -288,13 +289,17 @@ class TokenPlan:
         """The plan on another device, masks made so far included. Facts not made yet are made where the tokens are, and sent when
         first read.
 
+        Args:
+            device: where to.
+            non_blocking: the host does not wait for copies to a GPU. For those to the CPU it always does.
+
         Example:
             >>> import torch, vlm_fuse
             >>> vlm_fuse.plan(torch.tensor([[1, 2]]), image_token_id=9).to("cpu").device
             device(type='cpu')
         """
         device = torch.device(device)
-        plan = self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        plan = self._moved(lambda tensor: sent(tensor, device, non_blocking))
         plan._target = None if device == self._batch.tokens.device else device
         return plan
 
@@ -316,6 +321,7 @@ class TokenPlan:
         plan = self._moved(lambda tensor: tensor)
         plan._batch = self._batch._replace(labels=labels.to(self._batch.tokens.device).contiguous())
         plan._versions, plan._fill = _versions(plan._batch), None
+        plan.__dict__.pop("labels", None)
         return plan
 
     @_Once
@@ -336,10 +342,12 @@ class TokenPlan:
         there = (within >= 0) & (within < rows[:, None])
         if self.layout == "packed":
             address = (rows.cumsum(0) - rows)[:, None] + within
+            fits = address < width
         else:
-            first = (width - rows)[:, None] if self.padding_side == "left" else 0
+            first = (width - rows).clamp(min=0)[:, None] if self.padding_side == "left" else 0
             address = torch.arange(samples, device=device)[:, None] * width + first + within
-        return torch.where(there, -1 - address, PAD).int()
+            fits = within < width
+        return torch.where(there & fits, -1 - address, PAD).int()
 
     def _rows_per_sample(self) -> tuple[Tensor, int]:
         """((B,) int64 kept rows, the largest of them)."""

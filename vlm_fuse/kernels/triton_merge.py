@@ -83,7 +83,8 @@ def _write_feature(
         x = tl.load(pointer + _columns(cols, column, STRIDED), mask=cols < limit, other=0.0, eviction_policy="evict_first")
         if ADD:
             base = _load_text(text, cols, text_limit, text_column, scale, SCALED, TEXT_STRIDED, FUSED)
-            x = _widen(base, WIDE) + _widen(x, WIDE)
+            wide = _widen(x, WIDE)
+            x = tl.where(cols < text_limit, _widen(base, WIDE) + wide, wide)  # no text: -0.0 stays what it is
         tl.store(target + cols, convert(x, target.dtype.element_ty), mask=cols < D)
 
 
