@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import torch
 
-from vlm_fuse.backend import native
+from vlm_fuse.backend import backends, choose
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines for every call
 
@@ -41,7 +41,7 @@ def _peak_and_held(run: Callable[[], Any], device: str, warm: bool) -> tuple[int
         found = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         del result
         return found
-    kernels = native("auto")
+    kernels = choose("cpu", "cpu") if backends()["cpu"].available else None
     before = 0
     if kernels is not None:
         kernels.reset_peak()

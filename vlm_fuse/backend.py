@@ -106,12 +106,6 @@ def choose(name: str, device: str) -> ModuleType:
     raise AssertionError("the reference is always there")
 
 
-@functools.cache
-def native(name: str) -> ModuleType | None:
-    """The C++ kernels where `name` may mean them on a CPU. Some of their functions look themselves whether a call is theirs."""
-    return _load("cpu")[0] if name in ("auto", "cpu") else None
-
-
 def name_from(argument: str) -> str:
     """The backend asked for: the argument, else the variable, else "auto"."""
     if argument == "auto" and _KEY in _environment:

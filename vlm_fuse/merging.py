@@ -13,7 +13,7 @@ from . import checks, ops, planning, settled, status
 from . import features as forms
 from .attending import CAUSAL, Attend
 from .autograd import RowCall, merge_rows, row_call
-from .backend import choose, name_from, native
+from .backend import choose, name_from
 from .batch import RAISE, Batch, RecordedError
 from .masks import IntervalMask, hf
 from .token_plan import TokenPlan
@@ -255,7 +255,7 @@ def merge(
             asked = plan._settings.backend
         kernels = None
         if placeholder_mask is None is labels is embed_scale and not is_compiling():
-            kernels = native(asked) if plan.source_index.is_cpu else None
+            kernels, _ = _usual_kernels(asked, plan.source_index)
             if kernels is None:
                 kernels = ops.direct(asked, plan.source_index)
         if settled.usual(plan, kernels, options, input_ids, inputs_embeds, weight, image_embeds, image_token_id, out):
@@ -286,9 +286,15 @@ def merge(
     return MergedBatch(merge_rows(kernels, inputs_embeds, weight, features, call, out), plan)
 
 
-@functools.cache
-def _usual_kernels(asked: str, device: str) -> tuple:
+def _usual_kernels(asked: str, tensor: Tensor) -> tuple:
     """(the kernels, whether they plan in the call that writes the rows), or (None, False): they recognise no usual call."""
+    if tensor.is_cpu:
+        return _recognising(asked, "cpu")
+    return _recognising(asked, "cuda") if tensor.is_cuda else (None, False)
+
+
+@functools.cache
+def _recognising(asked: str, device: str) -> tuple:
     kernels = choose(asked, device)
     if hasattr(kernels, "merge_usual"):
         return kernels, True
@@ -304,9 +310,7 @@ def _usual(asked: str, chosen, input_ids, inputs_embeds, weight, image_embeds, a
     if is_compiling() or type(input_ids) is not Tensor:
         return None, None
     given = input_ids, inputs_embeds, weight, image_embeds, attention_mask, labels, document_ids, image_token_id
-    if not (input_ids.is_cpu or input_ids.is_cuda):
-        return None, None
-    kernels, plans_with_rows = _usual_kernels(asked, "cpu" if input_ids.is_cpu else "cuda")
+    kernels, plans_with_rows = _usual_kernels(asked, input_ids)
     if plans_with_rows:
         return _usual_on_device(kernels, chosen, given, out)
     if kernels is None:
