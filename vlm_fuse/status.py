@@ -17,7 +17,14 @@ def flag(device: torch.device) -> Tensor:
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = _flags[device] = torch.zeros(len(RECORD_FIELDS), dtype=torch.int64, device=device)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _wait(device)  # once: another stream may flag an error in it before this one has filled it
     return found
+
+
+def _wait(device: torch.device) -> None:
+    """For all streams of the device."""
+    torch.get_device_module(device).synchronize(device)
 
 
 def for_mode(validate: str, device: torch.device):
@@ -52,7 +59,9 @@ def raise_errors(device: torch.device | str | None = None) -> None:
     for place, found in list(_flags.items()):
         if wanted is not None and (place.type != wanted.type or (wanted.index is not None and place.index not in (None, wanted.index))):
             continue
+        _wait(place)
         record = tuple(found.tolist())
         if record[0]:
             found.zero_()
+            _wait(place)
             raise checks.explain(record)

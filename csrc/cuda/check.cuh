@@ -6,6 +6,7 @@
 // decides.
 #pragma once
 
+#include "record.cuh"
 #include "scan.cuh"
 
 namespace vlm_fuse::cuda {
@@ -53,20 +54,11 @@ __device__ inline Wrong wrong_counts(const Counting& batch, const CountedKind& k
   return {kFine, 0, 0};
 }
 
-__device__ inline void write_record(int64_t* to, const Record& record) {
-  to[0] = record.code;
-  to[1] = record.sample;
-  to[2] = record.kind;
-  to[3] = record.placeholders;
-  to[4] = record.rows;
-  to[5] = record.total_placeholders;
-  to[6] = record.total_rows;
-  to[7] = record.extra;
-}
-
-// A record goes where none is yet.
+// `fresh`: the record has not been written yet, and is this call's alone.
 __device__ inline void report(int64_t* status, bool fresh, const Record& record) {
-  if (fresh || (status[0] == kFine && record.code != kFine)) write_record(status, record);
+  if (!fresh) return flag(status, record);
+  status[0] = record.code;
+  write_fields(status, record);
 }
 
 struct CheckShared {

@@ -6,8 +6,8 @@
 // that are written first: by place, an entry at the first row of every document and image, and the holes in order.
 #pragma once
 
-#include "device.cuh"
 #include "intervals.h"
+#include "record.cuh"
 
 namespace vlm_fuse::cuda {
 
@@ -332,12 +332,9 @@ __device__ inline int32_t write_intervals(SliceShared& shared, const MaskTask& t
 
 // --- errors ----------------------------------------------------------------------------------------------------------
 
-// By one thread. The first error stays.
+// By one thread.
 __device__ inline void report_row(int64_t* status, int64_t flat_row, int32_t row) {
-  if (status[0] != kFine) return;
-  const int64_t record[] = {kTooManyIntervals, flat_row, 0, 0, 0, 0, 0, row};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) status[i] = record[i];
+  flag(status, {kTooManyIntervals, flat_row, 0, 0, 0, 0, 0, row});
 }
 
 // By the whole block, behind the rows. A slice that is all there is says itself what is wrong with it.

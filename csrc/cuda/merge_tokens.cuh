@@ -7,6 +7,7 @@
 // Recounting instead of a prefix that is handed on: the comparison of designs is in docs/cuda.md.
 #pragma once
 
+#include "record.cuh"
 #include "row_source.cuh"
 
 namespace vlm_fuse::cuda {
@@ -187,13 +188,6 @@ __device__ inline unsigned seen_after(const TokenArguments& batch, const TokenSh
   return shared.before[last / batch.chunk] + shared.sample_ends[sample];
 }
 
-__device__ inline void write_record(const TokenArguments& batch, const Record& record) {
-  const int64_t fields[] = {record.code,         record.sample, record.kind,
-                            record.placeholders, record.rows,   record.total_placeholders,
-                            record.total_rows,   record.extra};
-  for (int i = 0; i < 8; ++i) batch.status[i] = fields[i];
-}
-
 __device__ inline Record record_of(const TokenArguments& batch, const TokenShared& shared, const Before& before,
                                    unsigned bad, unsigned outside) {
   Record record;
@@ -258,8 +252,7 @@ __device__ inline void inspect(const TokenArguments& batch, TokenShared& shared,
       first = shared.sums[1][w] > first ? shared.sums[1][w] : first;
       first_outside = shared.sums[2][w] > first_outside ? shared.sums[2][w] : first_outside;
     }
-    const Record record = record_of(batch, shared, before, ~first, ~first_outside);
-    if (record.code != kFine) write_record(batch, record);
+    flag(batch.status, record_of(batch, shared, before, ~first, ~first_outside));
   }
   __syncthreads();  // sums are written again
 }

@@ -2,6 +2,7 @@
 // whatever else runs.
 #pragma once
 
+#include "record.cuh"
 #include "row_source.cuh"
 
 namespace vlm_fuse::cuda {
@@ -37,13 +38,9 @@ __device__ inline void report_outside(const RowArguments& rows, OutsideShared& s
     __syncthreads();
     for (const unsigned found : shared.first_bad) bad = found < bad ? found : bad;
   }
-  if (bad == kNone || threadIdx.x != 0 || rows.status[0] != kFine) return;
+  if (bad == kNone || threadIdx.x != 0) return;
   const int64_t token = row_sources(bad, rows.source_index, rows.text_index, rows.add).text;
-  rows.status[0] = kOutsideVocabulary;
-  rows.status[1] = token;
-  for (int field = 2; field < 6; ++field) rows.status[field] = 0;
-  rows.status[6] = rows.text.rows;
-  rows.status[7] = rows.tokens[token];
+  flag(rows.status, {kOutsideVocabulary, token, 0, 0, 0, 0, rows.text.rows, rows.tokens[token]});
 }
 
 __global__ void __launch_bounds__(kRowThreads) vocabulary_kernel(const __grid_constant__ RowArguments rows) {
