@@ -604,9 +604,14 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def measured_operations(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what failed or was left out."""
+    return [result for result in results if "operation" in result]
+
+
 def write_report(folder: Path, about: dict[str, Any], busy: str | None, results: list[dict[str, Any]], reached: list[Reached]) -> tuple[str, bool]:
     """Files of a run; returns the text to print and whether all went well: nothing refused, nothing failed."""
-    done = [result for result in results if "operation" in result]
+    done = measured_operations(results)
     notes = [busy] if busy else []
     notes += [f"failed: {result['failed']}" for result in results if "failed" in result]
     notes += [f"left out: {result['left_out']}" for result in results if "left_out" in result]
@@ -620,7 +625,6 @@ def write_report(folder: Path, about: dict[str, Any], busy: str | None, results:
     ]
     report.write_json(folder / "masks.json", {"environment": about, "busy": busy, "targets": judged, "results": results})
     (folder / "masks.md").write_text("\n".join(text))
-    plot(done, folder / "masks.png")
     refused = [result["refused"] for result in done if "refused" in result]
     printed = [*notes, *(f"REFUSED: {reason}" for reason in refused), summary, f"\nWritten to {folder}"]
     return "\n".join(printed), bool(done) and not refused and not any("failed" in result for result in results)
@@ -657,10 +661,14 @@ def main() -> int:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     busy, about = busy_note(), environment(arguments.device)
     about["transformers"] = None if NO_TRANSFORMERS else transformers.__version__
-    results = list(worker(arguments))
-    reached = [*evaluate([result for result in results if "operation" in result], MASK_TARGETS), *figures(results, arguments)]
-    folder = RESULTS / (arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}")
-    printed, fine = write_report(Path(arguments.out) if arguments.out else folder, about, busy, results, reached)
+    folder = Path(arguments.out) if arguments.out else RESULTS / (arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}")
+    results: list[dict[str, Any]] = []
+    for result in worker(arguments):
+        results.append(result)
+        write_report(folder, about, busy, results, evaluate(measured_operations(results), MASK_TARGETS))  # for who stops it here
+    reached = [*evaluate(measured_operations(results), MASK_TARGETS), *figures(results, arguments)]
+    printed, fine = write_report(folder, about, busy, results, reached)
+    plot(measured_operations(results), folder / "masks.png")
     print(printed)
     return 0 if fine else 1
 

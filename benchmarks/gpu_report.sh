@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Everything a CUDA machine can tell in one go, within 8 minutes: build, host cost, launches, masks, benchmarks, tests,
-# compute-sanitizer. No step stops the next; each has its own time limit and a log. A short table comes last.
+# compute-sanitizer. No step stops the next; each has its own time limit and a log, and all limits together fit. A short
+# table comes last.
 #
 #   benchmarks/gpu_report.sh              results in benchmarks/results/<gpu>-<date>
 #   OUT=/tmp/report benchmarks/gpu_report.sh
 #   PYTHON=.venv/bin/python QUICK=1 benchmarks/gpu_report.sh
+#   PARTS=benchmarks benchmarks/gpu_report.sh    or "tests", or "sanitizer": with more time for each step
 #
 # Without a GPU it runs what runs without one, and says what it skipped. Writes at most 8 files: report.md, steps.log,
 # tests.log, sanitizer.log, results.json, results.md, results.png, overhead.json.
@@ -14,6 +16,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3 )}
 TOTAL=${TOTAL:-480}
 QUICK=${QUICK:-}
+PARTS=${PARTS:-benchmarks tests sanitizer}
 STARTED=$SECONDS
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
@@ -28,6 +31,9 @@ trap 'rm -rf "$WORK"' EXIT
 ROWS=()
 
 left() { echo $(( TOTAL - 10 - (SECONDS - STARTED) )); }
+wanted() { [[ " $PARTS " == *" $1 "* ]]; }
+# longest SECONDS: the limit of a step; three times as much where its part is the only one
+longest() { if [[ "$PARTS" == *" "* ]]; then echo "$1"; else echo $(( 3 * $1 )); fi; }
 
 # step NAME SECONDS LOG COMMAND...: runs it within its limit and what is left of the whole; notes how it ended
 step() {
@@ -36,11 +42,11 @@ step() {
     [ "$limit" -gt "$(left)" ] && limit=$(left)
     if [ "$limit" -lt 5 ]; then skip "$name" "no time left"; return 1; fi
     printf '\n===== %s (at most %s s): %s\n' "$name" "$limit" "$*" >> "$log"
-    timeout -k 5 "$limit" "$@" >> "$log" 2>&1
+    timeout -s INT -k 10 "$limit" "$@" >> "$log" 2>&1  # pytest sums up what it has when it is interrupted
     status=$?
     case $status in
         0) verdict=ok ;;
-        124 | 137) verdict="stopped after $limit s" ;;
+        124 | 130 | 137) verdict="stopped after $limit s" ;;
         *) verdict="failed ($status)" ;;
     esac
     ROWS+=("| $name | $verdict | $(( SECONDS - began )) s | $file |")
@@ -50,69 +56,75 @@ step() {
 
 skip() { ROWS+=("| $1 | skipped: $2 | | |"); printf '%-28s skipped: %s\n' "$1" "$2"; }
 
-build() {
-    # torch and the tools are here already: nothing is fetched. Where pip may not write, build beside the sources.
-    "$PYTHON" -m pip install --no-build-isolation --no-deps -e . ||
-        "$PYTHON" -m pip install --break-system-packages --no-build-isolation --no-deps -e . ||
-        "$PYTHON" setup.py build_ext --inplace
-}
-export -f build
-export PYTHON
-
 echo "GPU: ${GPU:-none}; results in $OUT"
-step build 100 steps.log bash -c build
-step info 30 steps.log "$PYTHON" -m vlm_fuse info
+# beside the sources, where PYTHONPATH finds it; only what changed is compiled again
+step build 110 steps.log "$PYTHON" setup.py build_ext --inplace
+step info 15 steps.log "$PYTHON" -m vlm_fuse info
 
 DEVICE=cpu; [ -n "$GPU" ] && DEVICE=cuda
 QUICK_FLAG=(); { [ -n "$QUICK" ] || [ -z "$GPU" ]; } && QUICK_FLAG=(--quick)
 
-# timings first, while nothing else runs
-step "host cost" 60 steps.log "$PYTHON" -m benchmarks.bench_overhead --device "$DEVICE" "${QUICK_FLAG[@]}" --out "$WORK/overhead"
-cp "$WORK/overhead/overhead.json" "$OUT/" 2>/dev/null
-if [ -n "$GPU" ]; then
-    step "launches" 60 steps.log "$PYTHON" -m benchmarks.launches
-    step "launches, triton" 60 steps.log env VLM_FUSE_BACKEND=triton "$PYTHON" -m benchmarks.launches
-    LIMIT=90
-    LENGTHS=16384,65536
-else
-    skip "launches" "no GPU"
-    LIMIT=80
-    LENGTHS=4096
-fi
-# nothing is begun after its own limit, below the step's: what is measured by then is reported
-step "masks" 75 steps.log "$PYTHON" -m benchmarks.bench_masks --device "$DEVICE" "${QUICK_FLAG[@]}" --lengths "$LENGTHS" \
-    --budget 0.3 --limit 45 --out "$WORK/masks"
-# a worker writes after every operation, so that its own limit, below the step's, ends it with what it has
-step "merge" $((LIMIT + 30)) steps.log "$PYTHON" -m benchmarks.bench_merge --device "$DEVICE" "${QUICK_FLAG[@]}" \
-    --pages default --budget 0.5 --limit "$LIMIT" --out "$OUT"
+if wanted benchmarks; then  # first, while nothing else runs
+    step "host cost" 25 steps.log "$PYTHON" -m benchmarks.bench_overhead --device "$DEVICE" --quick --out "$WORK/overhead"
+    cp "$WORK/overhead/overhead.json" "$OUT/" 2>/dev/null
+    if [ -n "$GPU" ]; then
+        step "launches" 20 steps.log "$PYTHON" -m benchmarks.launches
+        step "launches, triton" 25 steps.log env VLM_FUSE_BACKEND=triton "$PYTHON" -m benchmarks.launches
+        LENGTHS=16384,65536
+    else
+        skip "launches" "no GPU"
+        LENGTHS=4096
+    fi
+    # nothing is begun after its own limit, below the step's, and what is measured is written after every operation
+    step "merge" "$(longest 70)" steps.log "$PYTHON" -m benchmarks.bench_merge --device "$DEVICE" "${QUICK_FLAG[@]}" \
+        --pages default --budget 0.5 --limit "$(longest 50)" --out "$OUT"
+    step "masks" "$(longest 40)" steps.log "$PYTHON" -m benchmarks.bench_masks --device "$DEVICE" "${QUICK_FLAG[@]}" --lengths "$LENGTHS" \
+        --budget 0.3 --limit "$(longest 25)" --out "$WORK/masks"
 
-NCU=$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | head -1)
-if [ -z "$GPU" ] || [ -z "$NCU" ]; then
-    skip "ncu" "$([ -z "$GPU" ] && echo no GPU || echo not installed)"
-else
-    step "ncu" 60 steps.log bash -c "'$NCU' --csv --kernel-name-base demangled --kernel-name regex:vlm_fuse\|_kernel \
-        --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum '$PYTHON' -m benchmarks.profiled > '$WORK/ncu.csv'"
-fi
-
-WORKERS=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n "$(( $(nproc) < 8 ? $(nproc) : 8 ))")
-if "$PYTHON" -c 'import pytest' 2>/dev/null; then
-    step "tests" "${TESTS:-120}" tests.log "$PYTHON" -m pytest -q -ra --maxfail 20 -p no:cacheprovider "${WORKERS[@]}" tests
-else
-    skip "tests" "pytest is not installed"
+    NCU=$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | head -1)
+    if [ -z "$GPU" ] || [ -z "$NCU" ]; then
+        skip "ncu" "$([ -z "$GPU" ] && echo no GPU || echo not installed)"
+    else
+        # ours and Triton's, which have bare names, but none of torch
+        step "ncu" "$(longest 25)" steps.log bash -c "'$NCU' --csv --kernel-name-base demangled --kernel-name 'regex:vlm_fuse::|^[a-z_]+_kernel\$' \
+            --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum '$PYTHON' -m benchmarks.profiled > '$WORK/ncu.csv'"
+    fi
 fi
 
-SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer /usr/local/cuda*/compute-sanitizer/compute-sanitizer 2>/dev/null | head -1)
-step "kernels against reference" 60 steps.log "$PYTHON" -m benchmarks.sanitize
-TOOLS=4
-for tool in memcheck racecheck initcheck synccheck; do
-    if [ -z "$GPU" ]; then skip "$tool" "no GPU"; continue; fi
-    if [ -z "$SANITIZER" ]; then skip "$tool" "compute-sanitizer is not installed"; continue; fi
-    # without torch's caching allocator, an access past a tensor is an access past its allocation
-    step "$tool" $(( $(left) / TOOLS )) sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
-        --print-limit 20 "$PYTHON" -m benchmarks.sanitize
-    TOOLS=$((TOOLS - 1))
+# what only a GPU shows comes first; what is compiled for GPUs that need not be here is left to machines without one
+FIRST=(tests/test_streams_and_graphs.py tests/test_cuda_allocation.py)
+LEFT_OUT=()
+for name in install headers emulator demo docs cuda_compile cuda_sanitized triton_compile streams_and_graphs cuda_allocation; do
+    LEFT_OUT+=(--ignore "tests/test_$name.py")
 done
+WORKERS=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n "$(( $(nproc) < 8 ? $(nproc) : 8 ))" --dist loadfile --no-loadscope-reorder)
+PYTEST=("$PYTHON" -m pytest -q -ra -p no:cacheprovider)
+if ! wanted tests; then
+    :
+elif ! "$PYTHON" -c 'import pytest' 2>/dev/null; then
+    skip "tests" "pytest is not installed"
+elif [ -z "$GPU" ]; then
+    step "tests" "$(longest 80)" tests.log "${PYTEST[@]}" "${WORKERS[@]}" tests
+else
+    step "tests of a GPU" "$(longest 25)" tests.log "${PYTEST[@]}" "${FIRST[@]}"
+    step "tests, cuda" "$(longest 45)" tests.log "${PYTEST[@]}" "${WORKERS[@]}" "${LEFT_OUT[@]}" -k "not triton" tests
+    step "tests, triton" "$(longest 25)" tests.log "${PYTEST[@]}" "${WORKERS[@]}" "${LEFT_OUT[@]}" -k triton tests
+fi
+
+if wanted sanitizer; then
+    SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer /usr/local/cuda*/compute-sanitizer/compute-sanitizer 2>/dev/null | head -1)
+    step "kernels against reference" 20 steps.log "$PYTHON" -m benchmarks.sanitize
+    TOOLS=4
+    for tool in memcheck racecheck initcheck synccheck; do
+        if [ -z "$GPU" ]; then skip "$tool" "no GPU"; continue; fi
+        if [ -z "$SANITIZER" ]; then skip "$tool" "compute-sanitizer is not installed"; continue; fi
+        # without torch's caching allocator, an access past a tensor is an access past its allocation
+        step "$tool" $(( $(left) / TOOLS )) sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
+            --print-limit 20 "$PYTHON" -m benchmarks.sanitize
+        TOOLS=$((TOOLS - 1))
+    done
+fi
 
 {
     echo "# Report from ${GPU:-a machine without a GPU}, $(date -u '+%Y-%m-%d %H:%M UTC')"
@@ -138,7 +150,8 @@ done
         echo
     fi
     echo "## Tests"; echo
-    tail -n 3 "$OUT/tests.log"
+    grep -E '^(FAILED|ERROR) ' "$OUT/tests.log" | head -n 40
+    grep -E '(passed|failed|error|no tests ran).* in [0-9.]+s' "$OUT/tests.log"
     echo
     grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$OUT/sanitizer.log"
 } > "$OUT/report.md"
