@@ -17,8 +17,8 @@ __device__ inline void write_fields(int64_t* status, const Record& record) {
   status[7] = record.extra;
 }
 
-// By one thread. The first error stays: calls on other streams may have the same record, and whoever puts its code there
-// writes the rest. Nobody reads it before the device is idle.
+// By one thread. The first error stays: calls on other streams may have the same record, and whoever puts its code
+// there writes the rest. Nobody reads it before the device is idle.
 __device__ inline void flag(int64_t* status, const Record& record) {
   static_assert(kFine == 0);
   if (record.code == kFine) return;
