@@ -7,6 +7,7 @@ import os
 
 import hypothesis
 import torch
+from torch.utils._pytree import tree_map_only
 
 import vlm_fuse
 
@@ -35,6 +36,11 @@ def serving(backend: str):
             del os.environ["VLM_FUSE_BACKEND"]
         else:
             os.environ["VLM_FUSE_BACKEND"] = before
+
+
+def placed(value, device: str):
+    """The value, with the tensors in its lists and dicts on the device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
 
 
 def assert_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:

@@ -40,6 +40,12 @@ def _devices(name: str) -> list[str]:
     return [device for device in there if not served or device in served]
 
 
+def _on_the_cpu(item) -> bool:
+    """Whether a test of every backend asks for no device."""
+    names = getattr(item, "fixturenames", ())
+    return "backend" in names and "device" not in names and hasattr(item, "callspec") and not item.get_closest_marker("own_process")
+
+
 def pytest_report_header(config):
     lines = [f"vlm_fuse backend {name}: {'yes' if info.available else 'no'}: {info.reason}" for name, info in vlm_fuse.backends().items()]
     return lines + ([f"CUDA kernels are not emulated: {EMULATOR_MISSING}"] if EMULATOR_MISSING else [])
@@ -60,6 +66,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if _on_the_cpu(item) and "cpu" not in _devices(item.callspec.params["backend"]):
+            item.add_marker(pytest.mark.skip(reason="takes tensors of the CPU"))
         if item.get_closest_marker("full") and not config.getoption("--full"):
             left_out.append(item)
             continue

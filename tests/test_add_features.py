@@ -7,7 +7,7 @@ import torch
 
 import vlm_fuse
 from cases import BY_NAME
-from checking import assert_bits, assert_equal, serving
+from checking import assert_bits, assert_equal, placed, serving
 from oracle import accumulator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -145,11 +145,11 @@ def test_three_sets_one_after_another(backend, device):
     ],
     ids=["wrong_width", "wrong_hidden_size", "too_few_rows", "too_many_rows", "unknown_kind", "integer_rows"],
 )
-def test_refusals(change, words, backend):
+def test_refusals(change, words, backend, device):
     case = BY_NAME["two_images_left_padded"]
-    plan = plan_of(case, backend, "cpu")
-    hidden = change.get("hidden", torch.zeros(2, 10, 8))
-    features = change.get("features", torch.zeros(11, 8))
+    plan = plan_of(case, backend, device)
+    hidden = placed(change.get("hidden", torch.zeros(2, 10, 8)), device)
+    features = placed(change.get("features", torch.zeros(11, 8)), device)
     assert case.given.kinds[0].rows == 11
     with serving(backend), pytest.raises((ValueError, TypeError)) as caught:
         vlm_fuse.add_features(hidden, features, plan)
@@ -157,8 +157,8 @@ def test_refusals(change, words, backend):
         assert word in str(caught.value)
 
 
-def test_a_bare_tensor_serves_one_kind_only(backend):
+def test_a_bare_tensor_serves_one_kind_only(backend, device):
     case = BY_NAME["three_kinds"]
-    plan = plan_of(case, backend, "cpu")
+    plan = plan_of(case, backend, device)
     with serving(backend), pytest.raises(ValueError, match="dict"):
-        vlm_fuse.add_features(torch.zeros(*plan.source_index.shape, 8), torch.zeros(5, 8), plan)
+        vlm_fuse.add_features(torch.zeros(*plan.source_index.shape, 8, device=device), torch.zeros(5, 8, device=device), plan)

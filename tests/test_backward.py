@@ -189,15 +189,13 @@ def test_gradients_of_any_strides(name, layout, backend, device):
     out = merge(tensors, backend).inputs_embeds
     G, W, D = out.shape
     grad = {
-        "expanded": torch.randn(1, 1, D).expand(G, W, D),
-        "transposed": torch.randn(D, W, G).permute(2, 1, 0),
-        "last_stride_two": torch.randn(G, W, 2 * D)[..., ::2],
-        "unaligned": torch.randn(G * W * D + 1)[1:].view(G, W, D),
+        "expanded": torch.randn(1, 1, D, device=device).expand(G, W, D),
+        "transposed": torch.randn(D, W, G, device=device).permute(2, 1, 0),
+        "last_stride_two": torch.randn(G, W, 2 * D, device=device)[..., ::2],
+        "unaligned": torch.randn(G * W * D + 1, device=device)[1:].view(G, W, D),
     }[layout]
-    moved = grad.to(device)
-    assert moved.stride() == grad.stride()
-    gradients = torch.autograd.grad(out, tensors.leaves, moved)
-    for actual, expected in zip(gradients, expected_gradients(case.tensors(), grad)):
+    gradients = torch.autograd.grad(out, tensors.leaves, grad)
+    for actual, expected in zip(gradients, expected_gradients(case.tensors(), grad.cpu())):
         assert_equal(actual.cpu(), expected, layout)
 
 
@@ -235,22 +233,22 @@ def test_in_place_on_a_tensor_of_the_graph(combine, backend, device):
     case = replace(BY_NAME["two_images_left_padded"], combine=combine)
     tensors = case.tensors(device=device).require_grad()
     leaf = tensors.text
-    tensors.text = hidden = leaf.sin()
+    tensors.text = hidden = leaf * 2
     merged = merge(tensors, backend, out=hidden)
     assert merged.inputs_embeds is hidden
-    assert_equal(hidden.detach().cpu(), oracle.merged_rows(case.answer(), torch.float32, **_sine(case).oracle_arguments()).detach(), "in place")
+    assert_equal(hidden.detach().cpu(), oracle.merged_rows(case.answer(), torch.float32, **_doubled(case).oracle_arguments()).detach(), "in place")
     grad = torch.randn(hidden.shape)
     hidden.backward(grad.to(device))
-    plain = _sine(case)
+    plain = _doubled(case)
     oracle.merged_rows(case.answer(), torch.float32, **plain.oracle_arguments()).backward(grad)
     torch.testing.assert_close(leaf.grad.cpu(), plain.leaf.grad)
     torch.testing.assert_close(tensors.features[0].grad.cpu(), plain.features[0].grad, rtol=0, atol=0)
 
 
-def _sine(case):
+def _doubled(case):
     plain = case.tensors().require_grad()
     plain.leaf = plain.text
-    plain.text = plain.leaf.sin()
+    plain.text = plain.leaf * 2
     return plain
 
 

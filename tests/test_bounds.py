@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 GUARD = 12345.0
 
 
+@pytest.mark.own_process
 def test_every_kernel_between_forbidden_pages(backend):
     """fenced.py in a process of its own: an access one byte beyond a tensor ends it."""
     if backend == "cuda" and build.missing():
@@ -111,14 +112,15 @@ def test_a_corrupted_source_index(text, dtype, backend, device):
 
 
 @pytest.mark.parametrize("layout", ["keep", "packed"])
-def test_tensors_smaller_than_the_plan_are_refused(layout, backend):
+def test_tensors_smaller_than_the_plan_are_refused(layout, backend, device):
     """The host check that keeps a plan of another batch from being used at all."""
-    ids = torch.tensor([[7, 7, 1, 2]])
+    ids = torch.tensor([[7, 7, 1, 2]], device=device)
+    text, features = torch.zeros(1, 4, 8, device=device), torch.ones(2, 8, device=device)
     plan = vlm_fuse.plan(ids, image_token_id=7, layout=layout, backend=backend)
     with pytest.raises(ValueError):
-        vlm_fuse.merge(ids, torch.zeros(1, 4, 8), torch.ones(1, 8), plan=plan, validate="off", backend=backend)
+        vlm_fuse.merge(ids, text, features[:1], plan=plan, validate="off", backend=backend)
     with pytest.raises(ValueError):
-        vlm_fuse.merge(ids[:, :3], torch.zeros(1, 3, 8), torch.ones(2, 8), plan=plan, validate="off", backend=backend)
+        vlm_fuse.merge(ids[:, :3], torch.zeros(1, 3, 8, device=device), features, plan=plan, validate="off", backend=backend)
 
 
 @pytest.mark.parametrize("ids", [[2**62, -(2**62), 2**31, -(2**31)], [2**32, 2**32 + 1, -1, -(2**32)], [5, 6, 7, 8]], ids=["huge", "multiples_of_2_to_32", "just_outside"])

@@ -10,7 +10,7 @@ from hypothesis import given
 import oracle
 import vlm_fuse
 from cases import TOKENS, Case, cases, written
-from checking import assert_bits, examples, merge
+from checking import assert_bits, examples, merge, placed
 
 I = TOKENS[0]  # noqa: E741
 
@@ -193,10 +193,10 @@ def test_errors_of_random_batches(backend, device):
         error = oracle.error(case.given)
         tensors = case.tensors(device=device)
         if error is None:
-            merge(tensors, backend)
+            merge(tensors, backend, validate="sync")
             return
         with pytest.raises(ValueError) as caught:
-            merge(tensors, backend)
+            merge(tensors, backend, validate="sync")
         text = str(caught.value)
         if error.sample >= 0:
             named = re.findall(r"sample (\d+)", text)
@@ -242,13 +242,13 @@ def test_add_reads_the_placeholders_own_row(backend, device):
     weight, features = torch.randn(9, 4, device=device), torch.randn(1, 4, device=device)
     vlm_fuse.merge(ids, None, features, weight=weight, image_token_id=10**6, backend=backend)
     with pytest.raises(IndexError, match="1000000"):
-        vlm_fuse.merge(ids, None, features, weight=weight, image_token_id=10**6, combine="add", backend=backend)
+        vlm_fuse.merge(ids, None, features, weight=weight, image_token_id=10**6, combine="add", validate="sync", backend=backend)
 
 
 def test_empty_table(backend, device):
-    ids = torch.tensor([[1, I]], device=device)
+    ids, rows, weight = torch.tensor([[1, I]], device=device), torch.zeros(1, 4, device=device), torch.zeros(0, 4, device=device)
     with pytest.raises(IndexError):
-        vlm_fuse.merge(ids, None, torch.zeros(1, 4, device=device), weight=torch.zeros(0, 4, device=device), image_token_id=I, backend=backend)
+        vlm_fuse.merge(ids, None, rows, weight=weight, image_token_id=I, validate="sync", backend=backend)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -353,33 +353,33 @@ def test_arguments(name):
 
 
 @pytest.mark.parametrize("shared", ["features", "weight", "view_of_features", "overlap"])
-def test_out_never_aliases_what_is_read(shared, backend):
-    rows = torch.randn(40, 8)
+def test_out_never_aliases_what_is_read(shared, backend, device):
+    ids, rows = IDS.to(device), torch.randn(40, 8, device=device)
     options = dict(image_token_id=5, backend=backend)
-    text, features = torch.zeros(2, 4, 8), rows[:3]
+    text, features = torch.zeros(2, 4, 8, device=device), rows[:3]
     if shared == "weight":
         with pytest.raises(ValueError, match="out"):
-            vlm_fuse.merge(IDS, None, ROWS, weight=rows[:8], out=rows[:8].view(2, 4, 8), **options)
+            vlm_fuse.merge(ids, None, ROWS.to(device), weight=rows[:8], out=rows[:8].view(2, 4, 8), **options)
         return
     out = {"features": rows[:8], "view_of_features": rows[:8], "overlap": rows[2:10]}[shared].view(2, 4, 8)
     with pytest.raises(ValueError, match="out"):
-        vlm_fuse.merge(IDS, text, features, out=out, **options)
+        vlm_fuse.merge(ids, text, features, out=out, **options)
 
 
-def test_out_that_overlaps_the_text_but_is_not_it(backend):
-    buffer = torch.zeros(9, 4 * 8)
+def test_out_that_overlaps_the_text_but_is_not_it(backend, device):
+    buffer = torch.zeros(9, 4 * 8, device=device)
     text, out = buffer[:2].view(2, 4, 8), buffer[1:3].view(2, 4, 8)
     with pytest.raises(ValueError, match="out"):
-        vlm_fuse.merge(IDS, text, ROWS, image_token_id=5, out=out, backend=backend)
+        vlm_fuse.merge(IDS.to(device), text, ROWS.to(device), image_token_id=5, out=out, backend=backend)
 
 
-def test_out_interleaved_with_what_is_read_is_legal_or_refused(backend):
+def test_out_interleaved_with_what_is_read_is_legal_or_refused(backend, device):
     """Columns of one buffer: no element is shared."""
-    buffer = torch.randn(2, 4, 16)
+    ids, rows, buffer = IDS.to(device), ROWS.to(device), torch.randn(2, 4, 16, device=device)
     text, out = buffer[..., :8], buffer[..., 8:]
-    expected = vlm_fuse.merge(IDS, text.clone(), ROWS, image_token_id=5, backend="reference").inputs_embeds
+    expected = vlm_fuse.merge(ids, text.clone(), rows, image_token_id=5, backend="reference").inputs_embeds
     try:
-        vlm_fuse.merge(IDS, text, ROWS, image_token_id=5, out=out, backend=backend)
+        vlm_fuse.merge(ids, text, rows, image_token_id=5, out=out, backend=backend)
     except ValueError as error:
         assert "out" in str(error)
     else:
@@ -387,27 +387,27 @@ def test_out_interleaved_with_what_is_read_is_legal_or_refused(backend):
 
 
 @pytest.mark.parametrize("which", ["text", "features"])
-def test_out_while_gradients_are_recorded(which, backend):
-    text, rows = torch.zeros(2, 4, 8), torch.ones(3, 8)
+def test_out_while_gradients_are_recorded(which, backend, device):
+    ids, text, rows = IDS.to(device), torch.zeros(2, 4, 8, device=device), torch.ones(3, 8, device=device)
     (text if which == "text" else rows).requires_grad_()
-    out = torch.full((2, 4, 8), 12345.0)
+    out = torch.full((2, 4, 8), 12345.0, device=device)
     options = dict(image_token_id=5, backend=backend)
     with pytest.raises(ValueError, match="grad"):
-        vlm_fuse.merge(IDS, text, rows, out=out, **options)
+        vlm_fuse.merge(ids, text, rows, out=out, **options)
     assert out.eq(12345).all()
     with torch.no_grad():
-        vlm_fuse.merge(IDS, text, rows, out=out, **options)
+        vlm_fuse.merge(ids, text, rows, out=out, **options)
     if which == "text":
         with pytest.raises(ValueError, match="leaf"):
-            vlm_fuse.merge(IDS, text, rows, out=text, **options)
+            vlm_fuse.merge(ids, text, rows, out=text, **options)
     with pytest.raises(ValueError, match="out"):
-        vlm_fuse.merge(IDS, text.detach(), rows.detach(), out=text.detach().clone().requires_grad_(), **options)
+        vlm_fuse.merge(ids, text.detach(), rows.detach(), out=text.detach().clone().requires_grad_(), **options)
 
 
-def test_in_place_with_another_layout(backend):
-    text = torch.zeros(2, 4, 8)
+def test_in_place_with_another_layout(backend, device):
+    text = torch.zeros(2, 4, 8, device=device)
     with pytest.raises(ValueError, match="keep"):
-        vlm_fuse.merge(IDS, text, ROWS, image_token_id=5, layout="padded", out=text, backend=backend)
+        vlm_fuse.merge(IDS.to(device), text, ROWS.to(device), image_token_id=5, layout="padded", out=text, backend=backend)
 
 
 # -- a plan that disagrees ---------------------------------------------------------------------------------------------
@@ -456,18 +456,19 @@ def test_plan_of_another_setting_serves_calls_that_name_it_or_leave_it():
     ],
     ids=["fewer_rows", "more_rows", "no_rows", "another_kind", "another_width", "another_batch", "another_hidden_size", "other_ids", "other_labels"],
 )
-def test_tensors_that_do_not_fit_the_plan(changes, words, backend):
-    made = vlm_fuse.plan(IDS, image_token_id=5, backend=backend)
+def test_tensors_that_do_not_fit_the_plan(changes, words, backend, device):
+    made = vlm_fuse.plan(IDS.to(device), image_token_id=5, backend=backend)
     with pytest.raises(ValueError) as caught:
-        vlm_fuse.merge(**(GOOD | dict(plan=made, backend=backend) | changes))
+        vlm_fuse.merge(**placed(GOOD | changes, device), plan=made, backend=backend)
     for word in words:
         assert word in str(caught.value), caught.value
 
 
-def test_weight_with_a_plan_checks_ids_again(backend):
-    made = vlm_fuse.plan(IDS, image_token_id=5, backend=backend)
+def test_weight_with_a_plan_checks_ids_again(backend, device):
+    ids = IDS.to(device)
+    made = vlm_fuse.plan(ids, image_token_id=5, backend=backend)
     with pytest.raises(IndexError):
-        vlm_fuse.merge(IDS, None, ROWS, weight=torch.zeros(4, 8), plan=made, backend=backend)
+        vlm_fuse.merge(ids, None, ROWS.to(device), weight=torch.zeros(4, 8, device=device), plan=made, validate="sync", backend=backend)
 
 
 @pytest.mark.parametrize(

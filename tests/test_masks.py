@@ -80,9 +80,11 @@ def check_mask(make, documents, images, attend, **more):
     dense, too_many = wanted(documents, images, attend, **more)
     if too_many is None:
         check_intervals(make(), dense)
+        vlm_fuse.raise_errors()
     else:
         with pytest.raises(ValueError, match=rf"row {too_many}\b.*two intervals"):
             make()
+            vlm_fuse.raise_errors()  # of a GPU, which flags it
 
 
 # -- of a plan ---------------------------------------------------------------------------------------------------------
@@ -110,6 +112,7 @@ def test_intervals_of_random_merges(backend, device):
             # merge itself never refuses; asking for the mask does
             with pytest.raises(ValueError, match=rf"row {too_many}\b"):
                 merged.mask  # noqa: B018
+                vlm_fuse.raise_errors()
             return
         mask = merged.mask
         check_intervals(mask, dense)
@@ -123,10 +126,10 @@ def test_intervals_of_random_merges(backend, device):
     check()
 
 
-def test_several_masks_of_one_plan(backend):
+def test_several_masks_of_one_plan(backend, device):
     case = BY_NAME["packed_three_kinds"]
     attend = {"sliding_attention": Attend(window=2), "full_attention": Attend(images="bidirectional")}
-    merged = merge(case.tensors(), backend, attend=attend)
+    merged = merge(case.tensors(device=device), backend, attend=attend)
     assert set(merged.mask) == set(attend)
     answer = case.answer()
     for name, one in attend.items():
@@ -137,20 +140,20 @@ def test_several_masks_of_one_plan(backend):
             getattr(merged.plan, name)
 
 
-def test_a_hole_never_begins_a_document(backend):
-    ids = torch.tensor([[3, 4, 0, 5, 6]])
-    mask = torch.tensor([[1, 1, 0, 1, 1]])
-    merged = vlm_fuse.merge(ids, torch.zeros(1, 5, 2), None, image_token_id=7, attention_mask=mask, backend=backend)
+def test_a_hole_never_begins_a_document(backend, device):
+    ids = torch.tensor([[3, 4, 0, 5, 6]], device=device)
+    mask = torch.tensor([[1, 1, 0, 1, 1]], device=device)
+    merged = vlm_fuse.merge(ids, torch.zeros(1, 5, 2, device=device), None, image_token_id=7, attention_mask=mask, backend=backend)
     assert merged.position_ids.tolist() == [[0, 1, 0, 2, 3]]
     dense = merged.mask.dense()[0, 0].int().tolist()
     assert dense == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
     assert merged.kv_lo2.tolist() == [[0, 0, 0, 3, 3]] and merged.kv_hi2.tolist() == [[0, 0, 0, 4, 5]]
 
 
-def test_two_holes_are_refused_only_when_the_mask_is_asked_for(backend):
-    ids = torch.tensor([[3, 0, 5, 0, 6]])
-    mask = torch.tensor([[1, 0, 1, 0, 1]])
-    merged = vlm_fuse.merge(ids, torch.zeros(1, 5, 2), None, image_token_id=7, attention_mask=mask, backend=backend)
+def test_two_holes_are_refused_only_when_the_mask_is_asked_for(backend, device):
+    ids = torch.tensor([[3, 0, 5, 0, 6]], device=device)
+    mask = torch.tensor([[1, 0, 1, 0, 1]], device=device)
+    merged = vlm_fuse.merge(ids, torch.zeros(1, 5, 2, device=device), None, image_token_id=7, attention_mask=mask, validate="sync", backend=backend)
     with pytest.raises(ValueError, match=r"row 4\b.*two intervals"):
         merged.mask  # noqa: B018
     with pytest.raises(ValueError, match=r"row 4\b"):
@@ -242,10 +245,10 @@ def test_shared_parent(backend, device):
             check_intervals(mask, wanted(documents, None, Attend(), parent_ids=parents)[0])
 
 
-def test_image_in_pieces_is_as_many_images(backend):
-    documents, images = [[0] * 8], [[0, 0, -1, 0, 0, 1, 1, -1]]
+def test_image_in_pieces_is_as_many_images(backend, device):
+    documents, images = torch.tensor([[0] * 8], device=device), torch.tensor([[0, 0, -1, 0, 0, 1, 1, -1]], device=device)
     with serving(backend):
-        mask = IntervalMask.from_document_ids(torch.tensor(documents), Attend(images="bidirectional"), image_ids=torch.tensor(images))
+        mask = IntervalMask.from_document_ids(documents, Attend(images="bidirectional"), image_ids=images)
     assert mask.kv_hi.tolist() == [[2, 2, 3, 5, 5, 7, 7, 8]]
 
 
@@ -381,8 +384,8 @@ def test_what_is_no_attend_is_refused():
         IntervalMask.from_cu_seqlens(torch.tensor([0, 1]), length="5")
 
 
-def test_numbers_beyond_all_rows_are_no_limit(backend):
-    ids = torch.tensor([[0, 0, 0, 1, 1, 2]])
+def test_numbers_beyond_all_rows_are_no_limit(backend, device):
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2]], device=device)
     with serving(backend):
         for size in (2**31 - 1, 2**40, 2**63 - 1, 2**70):
             for kind in ("causal", "full"):

@@ -217,17 +217,17 @@ def test_three_hundred_images(backend, device):
 
 
 @pytest.mark.parametrize("sizes", [[2, 3], (2, 3), torch.tensor([2, 3]), torch.tensor([2, 3], dtype=torch.int32)], ids=["list", "tuple", "int64", "int32"])
-def test_image_sizes_in_any_form(sizes, backend):
+def test_image_sizes_in_any_form(sizes, backend, device):
     case = BY_NAME["two_adjacent_images_by_sizes"]
-    merged = merge(case.tensors(), backend, image_sizes=sizes)
+    merged = merge(case.tensors(device=device), backend, image_sizes=sizes)
     assert merged.image_ids.tolist() == [[-1, 0, 0, 1, 1, 1, -1]]
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 2], (2, 0, 2), torch.tensor([2, 0, 2]), torch.tensor([2, 0, 2], dtype=torch.int32)], ids=["list", "tuple", "int64", "int32"])
-def test_feature_counts_in_any_form(counts, backend):
+def test_feature_counts_in_any_form(counts, backend, device):
     case = BY_NAME["counts_by_sample"]
-    tensors = case.tensors()
-    assert_bits(merge(tensors, backend, feature_counts=counts).inputs_embeds, expected_rows(tensors), "inputs_embeds")
+    tensors = case.tensors(device=device)
+    assert_bits(merge(tensors, backend, feature_counts=counts).inputs_embeds, expected_rows(case.tensors()), "inputs_embeds")
 
 
 def test_placeholder_mask_needs_no_input_ids(backend, device):
@@ -402,8 +402,8 @@ def test_the_output_takes_writes_in_place(backend, device):
 
 
 @pytest.mark.parametrize("name", ["packed_layout", "documents_packed_again", "three_kinds", "legacy_packed"])
-def test_fields_of_the_plan_are_read_through(name, backend):
-    merged = merge(BY_NAME[name].tensors(), backend)
+def test_fields_of_the_plan_are_read_through(name, backend, device):
+    merged = merge(BY_NAME[name].tensors(device=device), backend)
     for field in ("source_index", "text_index", "position_ids", "document_ids", "image_ids", "kind_ids", "attention_mask", "kv_lo", "kv_hi", "cu_seqlens", "labels"):
         assert torch.equal(getattr(merged, field), getattr(merged.plan, field)), field
     assert merged.max_seqlen == merged.plan.max_seqlen
@@ -428,10 +428,10 @@ def test_unpack(case, backend, device):
 
 
 @pytest.mark.parametrize("name", ["packed_layout", "left_to_right_padded", "legacy_left_padding", "expanded_packed_tensor"])
-def test_unpack_is_differentiable(name, backend):
+def test_unpack_is_differentiable(name, backend, device):
     case = BY_NAME[name]
-    merged = merge(case.tensors(), backend)
-    rows = torch.randn(*merged.document_ids.shape, 3, dtype=torch.float64, requires_grad=True)
+    merged = merge(case.tensors(device=device), backend)
+    rows = torch.randn(*merged.document_ids.shape, 3, dtype=torch.float64, device=device, requires_grad=True)
     back = merged.unpack(rows)
     weights = torch.randn_like(back)
     (gradient,) = torch.autograd.grad((back * weights).sum(), rows)
@@ -452,9 +452,9 @@ def test_unpack_of_rows_that_did_not_fit(layout, side, backend, device):
 
 
 @pytest.mark.parametrize("name", ["no_samples", "no_tokens", "only_padding_packed", "no_samples_packed"])
-def test_unpack_of_nothing(name, backend):
+def test_unpack_of_nothing(name, backend, device):
     case = BY_NAME[name]
-    merged = merge(case.tensors(), backend)
+    merged = merge(case.tensors(device=device), backend)
     back = merged.unpack(merged.inputs_embeds)
     assert back.shape == (len(case.given.tokens), case.given.T, case.D)
     assert back.eq(0).all()

@@ -160,12 +160,12 @@ def test_fields_do_not_depend_on_the_order_of_asking(name, backend, device):
             assert_bits(first[field], second[field], field)
 
 
-def test_tensors_changed_in_place_are_noticed(backend):
+def test_tensors_changed_in_place_are_noticed(backend, device):
     """Fields are made when first read; where the tokens were overwritten by then, the plan refuses instead of telling lies."""
     case = BY_NAME["packed_layout"]
     for changed in ("input_ids", "attention_mask", "labels"):
-        arguments = case.settings() | case.kinds_for_plan()
-        ids = case.input_ids()
+        arguments = case.settings(device) | case.kinds_for_plan(device)
+        ids = case.input_ids(device)
         plan = vlm_fuse.plan(ids, backend=backend, **arguments)
         before = plan.position_ids
         (ids if changed == "input_ids" else arguments[changed]).fill_(1)
@@ -247,6 +247,7 @@ def test_long_batches(name, backend, device):
         except ValueError as refused:
             with pytest.raises(ValueError) as caught:
                 plan.mask(attend)
+                vlm_fuse.raise_errors(device)
             assert str(caught.value) == str(refused)
             continue
         mask = plan.mask(attend)
@@ -268,12 +269,12 @@ def test_the_first_bad_sample_of_a_long_batch(backend, device):
         assert total[sample] > 0
         short = replace(case, given=replace(given, kinds=(replace(given.kinds[0], rows=rows),)), D=1)
         with pytest.raises(ValueError, match=rf"sample {sample} has {total[sample]} placeholders.* {total[sample] - 1} feature rows"):
-            merge(short.tensors(device=device), backend)
+            merge(short.tensors(device=device), backend, validate="sync")
     counts = list(total)
     counts[1], counts[2], counts[3] = counts[1] + 1, counts[2] - 2, counts[3] + 1
     wrong = replace(case, given=replace(given, kinds=(replace(given.kinds[0], counts=tuple(counts)),)), D=1)
     with pytest.raises(ValueError, match=rf"sample 1 has {total[1]} placeholders.* {total[1] + 1} feature rows"):
-        merge(wrong.tensors(device=device), backend)
+        merge(wrong.tensors(device=device), backend, validate="sync")
 
 
 def test_twenty_kinds(backend, device):
@@ -310,10 +311,10 @@ def test_attention_mask_of_floats(backend, device):
     check_plan(vlm_fuse.plan(case.input_ids(device), backend=backend, **arguments), case)
 
 
-def test_ids_of_other_integer_types(backend):
+def test_ids_of_other_integer_types(backend, device):
     import numpy
 
     case = BY_NAME["packed_three_kinds"]
-    arguments = case.settings() | case.kinds_for_plan()
+    arguments = case.settings(device) | case.kinds_for_plan(device)
     arguments["image_token_id"] = tuple(numpy.int64(token) for token in arguments["image_token_id"])
-    check_plan(vlm_fuse.plan(case.input_ids(), backend=backend, **arguments), case)
+    check_plan(vlm_fuse.plan(case.input_ids(device), backend=backend, **arguments), case)

@@ -26,12 +26,12 @@ def test_ready_plan(case, backend, device):
         assert_bits(few.labels, with_all.labels, "labels of the plan")
 
 
-def test_labels_given_to_a_plan_without(backend):
+def test_labels_given_to_a_plan_without(backend, device):
     case = BY_NAME["packed_layout"]
-    settings = case.settings() | dict(labels=None)
-    plan = vlm_fuse.plan(case.input_ids(), backend=backend, **settings, **case.kinds_for_plan())
+    settings = case.settings(device) | dict(labels=None)
+    plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **settings, **case.kinds_for_plan(device))
     assert plan.labels is None
-    merged = merge(case.tensors(), backend, plan=plan)
+    merged = merge(case.tensors(device=device), backend, plan=plan)
     assert merged.labels.tolist() == case.answer().fact("label")
     assert plan.labels is None
 
@@ -47,29 +47,28 @@ def test_labels_given_to_the_plan_of_a_merge(options, backend, device):
     assert (first.labels is None) == ("labels" not in options)
 
 
-def test_a_plan_serves_many_calls(backend):
+def test_a_plan_serves_many_calls(backend, device):
     case = BY_NAME["packed_three_kinds"]
-    plan = vlm_fuse.plan(case.input_ids(), backend=backend, **case.settings(), **case.kinds_for_plan())
+    plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
     for seed in range(3):
-        tensors = case.tensors(seed)
-        assert_bits(merge(tensors, backend, plan=plan).inputs_embeds, expected_rows(tensors), f"call {seed}")
+        merged = merge(case.tensors(seed, device), backend, plan=plan)
+        assert_bits(merged.inputs_embeds, expected_rows(case.tensors(seed)), f"call {seed}")
 
 
-def test_kinds_find_their_rows_by_id_not_by_order(backend):
+def test_kinds_find_their_rows_by_id_not_by_order(backend, device):
     case = BY_NAME["three_kinds"]
-    tensors = case.tensors()
-    arguments = tensors.merge_arguments()
-    plan = vlm_fuse.plan(case.input_ids(), backend=backend, **case.settings(), **case.kinds_for_plan())
+    arguments = case.tensors(device=device).merge_arguments()
+    plan = vlm_fuse.plan(case.input_ids(device), backend=backend, **case.settings(device), **case.kinds_for_plan(device))
     arguments["image_embeds"] = dict(reversed(arguments["image_embeds"].items()))
-    merged = vlm_fuse.merge(case.input_ids(), plan=plan, backend=backend, **arguments)
-    assert_bits(merged.inputs_embeds, expected_rows(tensors), "inputs_embeds")
+    merged = vlm_fuse.merge(case.input_ids(device), plan=plan, backend=backend, **arguments)
+    assert_bits(merged.inputs_embeds, expected_rows(case.tensors()), "inputs_embeds")
 
 
-def test_more_rows_than_a_plan_with_unused_features_counted(backend):
+def test_more_rows_than_a_plan_with_unused_features_counted(backend, device):
     """feature_starts are the plan's: rows beyond them are unused, of whatever kind."""
-    ids = torch.tensor([[1, 7, 8, 8]])
+    ids = torch.tensor([[1, 7, 8, 8]], device=device)
     plan = vlm_fuse.plan(ids, image_token_id=(7, 8), unused_features="allow", backend=backend)
-    a, b, text = torch.randn(3, 4), torch.randn(2, 4), torch.randn(1, 4, 4)
+    a, b, text = (torch.randn(*shape, device=device) for shape in ((3, 4), (2, 4), (1, 4, 4)))
     out = vlm_fuse.merge(ids, text, {7: a, 8: b}, plan=plan, backend=backend).inputs_embeds[0]
     assert_bits(out, torch.cat([text[0, :1], a[:1], b]), "inputs_embeds")
 

@@ -43,8 +43,8 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded_calls(case, backend):
-    tensors = case.tensors().require_grad()
+def recorded_calls(case, backend, device):
+    tensors = case.tensors(device=device).require_grad()
     with Recorder() as recorder, serving(backend):
         merged = merge(tensors, backend, attend=Attend(window=2, images="bidirectional"))
         for name in ("position_ids", "document_ids", "image_ids", "kind_ids", "cu_seqlens", "kv_lo", "attention_mask"):
@@ -63,10 +63,10 @@ def as_leaves(value, floating_needs_grad=True):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, backend):
+def test_opcheck(name, backend, device):
     if backend == "triton" and name not in NAMES[1:4]:
         pytest.skip("the operators are the same; the interpreter is slow")
-    calls = recorded_calls(replace(BY_NAME[name], D=4), backend)
+    calls = recorded_calls(replace(BY_NAME[name], D=4), backend, device)
     seen = {func.name() for func, _, _ in calls}
     assert {"vlm_fuse::plan", "vlm_fuse::facts", "vlm_fuse::intervals", "vlm_fuse::merge_rows", "vlm_fuse::merge_rows_backward"} <= seen
     for func, args, kwargs in calls:
@@ -133,10 +133,10 @@ def expanded(ids, text, features, labels):
 FUNCTIONS = [keep, padded, packed, packed_with_length, added, deepstack, expanded]
 
 
-def inputs_for(ids, seed, D=8):
+def inputs_for(ids, seed, D=8, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(*ids.shape, D, generator=generator, requires_grad=True)
-    features = torch.randn(int(ids.eq(IMAGE).sum()), D, generator=generator, requires_grad=True)
+    text, features = (torch.randn(*shape, D, generator=generator).to(device).requires_grad_() for shape in (ids.shape, (int(ids.eq(IMAGE).sum()),)))
+    ids = ids.to(device)
     return ids, text, features, ids * 2
 
 
@@ -356,39 +356,39 @@ def test_meta_tensors():
     assert merged.position_ids.shape == (2, case.given.T)
 
 
-def test_dispatch_modes_see_the_operators(backend):
-    calls = recorded_calls(BY_NAME["two_images_left_padded"], backend)
+def test_dispatch_modes_see_the_operators(backend, device):
+    calls = recorded_calls(BY_NAME["two_images_left_padded"], backend, device)
     assert [func.name() for func, _, _ in calls].count("vlm_fuse::merge_rows") >= 1
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("place", ["cpu", "meta"])
 @pytest.mark.parametrize("name", ["packed_layout", "documents_packed_again", "expanded_two_kinds", "legacy_counts", "counts_and_sizes", "fused_embedding_scaled"])
-def test_default_device(name, place, backend):
+def test_default_device(name, place, backend, device):
     """Inside a `torch.device` context what the library makes for itself still lies with the tensors it was given."""
     case = BY_NAME[name]
-    tensors = case.tensors().require_grad()
-    arguments, ids = tensors.merge_arguments(), case.input_ids()
+    tensors = case.tensors(device=device).require_grad()
+    arguments, ids = tensors.merge_arguments(), case.input_ids(device)
     expected = vlm_fuse.merge(ids, backend=backend, **arguments)
     with torch.device(place):
         actual = vlm_fuse.merge(ids, backend=backend, **arguments)
         for field in ("inputs_embeds", "position_ids", "document_ids", "image_ids", "cu_seqlens", "kv_lo"):
             assert torch.equal(getattr(actual, field), getattr(expected, field)), field
         unpacked = actual.unpack(actual.inputs_embeds)
-        assert unpacked.device.type == "cpu"
+        assert unpacked.device.type == device
         unpacked.sum().backward()
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["fused_embedding_scaled", "added_to_scaled_weight", "packed_layout"])
-def test_default_dtype(name, default, backend):
+def test_default_dtype(name, default, backend, device):
     case = BY_NAME[name]
     found = []
     for dtype in (torch.get_default_dtype(), default):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            tensors = case.tensors().require_grad()
+            tensors = case.tensors(device=device).require_grad()
             merged = merge(tensors, backend)
             merged.inputs_embeds.sum().backward()
         finally:
@@ -409,9 +409,9 @@ class Counted(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_tensor_subclasses(backend):
+def test_tensor_subclasses(backend, device):
     case = BY_NAME["two_images_left_padded"]
-    tensors = case.tensors()
+    tensors = case.tensors(device=device)
     expected = merge(tensors, backend).inputs_embeds
     tensors.text = tensors.text.as_subclass(Counted)
     actual = merge(tensors, backend).inputs_embeds
@@ -419,9 +419,9 @@ def test_tensor_subclasses(backend):
     assert torch.equal(actual.as_subclass(torch.Tensor), expected)
 
 
-def test_parameters(backend):
+def test_parameters(backend, device):
     case = BY_NAME["fused_embedding"]
-    tensors = case.tensors()
+    tensors = case.tensors(device=device)
     tensors.weight = torch.nn.Parameter(tensors.weight)
     out = merge(tensors, backend).inputs_embeds
     assert type(out) is torch.Tensor
@@ -467,8 +467,8 @@ def functional(ids, backend, **options):
 
 
 @pytest.mark.parametrize("options", [{}, dict(combine="add"), dict(layout="packed")], ids=["keep", "add", "packed"])
-def test_func_grad(options, backend):
-    ids, text, features, _ = inputs_for(next(batches(1, seed=8)), 0)
+def test_func_grad(options, backend, device):
+    ids, text, features, _ = inputs_for(next(batches(1, seed=8)), 0, device=device)
     function = functional(ids, backend, **options)
     expected = torch.autograd.grad(function(text, features), (text, features))
     actual = torch.func.grad(function, argnums=(0, 1))(text.detach(), features.detach())
@@ -479,21 +479,21 @@ def test_func_grad(options, backend):
         torch.testing.assert_close(a, b)
 
 
-def test_func_grad_of_a_list_and_a_weight(backend):
-    ids = torch.tensor([[1, IMAGE, IMAGE, 2, IMAGE]])
+def test_func_grad_of_a_list_and_a_weight(backend, device):
+    ids = torch.tensor([[1, IMAGE, IMAGE, 2, IMAGE]], device=device)
 
     def function(weight, first, second):
         return vlm_fuse.merge(ids, None, [first, second], weight=weight, embed_scale=1.5, image_token_id=IMAGE, backend=backend).inputs_embeds.cos().sum()
 
-    given = [torch.randn(5, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True), torch.randn(1, 4, requires_grad=True)]
+    given = [torch.randn(rows, 4, device=device, requires_grad=True) for rows in (5, 2, 1)]
     expected = torch.autograd.grad(function(*given), given)
     actual = torch.func.grad(function, argnums=(0, 1, 2))(*(t.detach() for t in given))
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b)
 
 
-def test_func_grad_twice(backend):
-    ids, text, features, _ = inputs_for(next(batches(1, seed=8)), 0)
+def test_func_grad_twice(backend, device):
+    ids, text, features, _ = inputs_for(next(batches(1, seed=8)), 0, device=device)
     text, features = text.detach().double(), features.detach().double()
     function = functional(ids, backend)
 
@@ -507,9 +507,9 @@ def test_func_grad_twice(backend):
     torch.testing.assert_close(actual, expected)
 
 
-def test_functional_call(backend):
-    model = torch.nn.Embedding(VOCABULARY, 8)
-    ids = torch.tensor([[1, IMAGE, 2]])
+def test_functional_call(backend, device):
+    model = torch.nn.Embedding(VOCABULARY, 8, device=device)
+    ids = torch.tensor([[1, IMAGE, 2]], device=device)
 
     class Wrapped(torch.nn.Module):
         def __init__(self):
@@ -520,14 +520,15 @@ def test_functional_call(backend):
             return vlm_fuse.merge(ids, None, features, weight=self.embedding.weight, image_token_id=IMAGE, backend=backend).inputs_embeds.sum()
 
     wrapped = Wrapped()
-    gradients = torch.func.grad(lambda parameters: torch.func.functional_call(wrapped, parameters, (torch.ones(1, 8),)))(dict(wrapped.named_parameters()))
-    counts = torch.zeros(VOCABULARY)
+    features = torch.ones(1, 8, device=device)
+    gradients = torch.func.grad(lambda parameters: torch.func.functional_call(wrapped, parameters, (features,)))(dict(wrapped.named_parameters()))
+    counts = torch.zeros(VOCABULARY, device=device)
     counts[[1, 2]] = 1
     assert torch.equal(gradients["embedding.weight"], counts[:, None].expand(-1, 8))
 
 
-def test_vmap_and_forward_mode_are_refused_in_words(backend):
-    ids, text, features, _ = (tensor.detach() for tensor in inputs_for(next(batches(1, seed=8)), 0))
+def test_vmap_and_forward_mode_are_refused_in_words(backend, device):
+    ids, text, features, _ = (tensor.detach() for tensor in inputs_for(next(batches(1, seed=8)), 0, device=device))
 
     def function(text):
         return vlm_fuse.merge(ids, text, features, image_token_id=IMAGE, backend=backend).inputs_embeds
@@ -561,7 +562,7 @@ def test_checkpoint(name, reentrant, backend, device):
         assert torch.equal(a, b)
 
 
-def test_selective_checkpoint_sees_the_operator(backend):
+def test_selective_checkpoint_sees_the_operator(backend, device):
     """A policy may save the merged rows and recompute the rest."""
     seen = []
 
@@ -569,7 +570,7 @@ def test_selective_checkpoint_sees_the_operator(backend):
         seen.append(str(op))
         return CheckpointPolicy.MUST_SAVE if "merge_rows" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
-    ids, text, features, _ = inputs_for(next(batches(1, seed=8)), 0)
+    ids, text, features, _ = inputs_for(next(batches(1, seed=8)), 0, device=device)
 
     def function(text, features):
         return vlm_fuse.merge(ids, text, features, image_token_id=IMAGE, backend=backend).inputs_embeds.sin()
@@ -596,19 +597,19 @@ def test_inference_mode(name, backend, device):
             assert_bits(tensors.text, expected.inputs_embeds, "in place")
 
 
-def test_inference_then_training_in_one_process(backend):
+def test_inference_then_training_in_one_process(backend, device):
     """What the first call caches must not be an inference tensor that the second cannot save."""
     case = BY_NAME["added_expanded_weight_padded"]
     with torch.inference_mode():
-        merge(case.tensors(), backend, validate="async")
-    tensors = case.tensors().require_grad()
+        merge(case.tensors(device=device), backend, validate="async")
+    tensors = case.tensors(device=device).require_grad()
     merge(tensors, backend, validate="async").inputs_embeds.sum().backward()
     assert tensors.weight.grad is not None
     vlm_fuse.raise_errors()
 
 
-def test_no_grad(backend):
-    tensors = BY_NAME["packed_layout"].tensors().require_grad()
+def test_no_grad(backend, device):
+    tensors = BY_NAME["packed_layout"].tensors(device=device).require_grad()
     with torch.no_grad():
         assert not merge(tensors, backend).inputs_embeds.requires_grad
 

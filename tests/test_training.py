@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vlm_fuse
+from checking import placed
 from vlm_fuse import Attend
 
 IMAGE, PAD, VOCABULARY, D, HEADS, STEPS = 40, 0, 41, 32, 2, 5
@@ -108,10 +109,10 @@ def laid_out(batch, scheme, left):
     return ids, mask, torch.tensor([pad(line, -100) for line in labels])
 
 
-def merged_step(model, batch, backend, scheme, layout, left, fused, ready):
-    ids, mask, labels = laid_out(batch, scheme, left)
-    images = [model.tower(image) for _, given in batch for image in given]
-    counts = torch.tensor([sum(len(image) for image in given) for _, given in batch])
+def merged_step(model, batch, backend, device, scheme, layout, left, fused, ready):
+    ids, mask, labels = placed(laid_out(batch, scheme, left), device)
+    images = [model.tower(image.to(device)) for _, given in batch for image in given]
+    counts = torch.tensor([sum(len(image) for image in given) for _, given in batch], device=device)
     options = dict(attention_mask=mask, labels=labels, scheme=scheme, layout=layout, padding_side="left" if left else "right", feature_counts=counts)
     if scheme != "images_first":
         options["image_token_id"] = IMAGE
@@ -131,9 +132,9 @@ def merged_step(model, batch, backend, scheme, layout, left, fused, ready):
     return loss / shifted.ne(-100).sum()
 
 
-def train(step, seed=0):
+def train(step, seed=0, device="cpu"):
     torch.manual_seed(seed)
-    model = Decoder().double()
+    model = Decoder().double().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for number in range(STEPS):
@@ -176,40 +177,40 @@ WAYS = [
 
 
 @pytest.mark.parametrize("number", range(len(WAYS)), ids=["-".join([s, la, "left" if left else "right", "embeds" if n % 2 else "weight"]) for n, (s, la, left) in enumerate(WAYS)])
-def test_same_losses_as_plain_pytorch(number, backend, plain):
+def test_same_losses_as_plain_pytorch(number, backend, device, plain):
     scheme, layout, left = WAYS[number]
     fused = number % 2 == 0
-    if backend == "triton" and (layout != "packed" or scheme == "images_first"):
+    if backend == "triton" and device == "cpu" and (layout != "packed" or scheme == "images_first"):
         pytest.skip("the interpreter is slow; packed stands for the others")
     ready = layout == "packed" and fused
-    losses, model = train(lambda model, batch: merged_step(model, batch, backend, scheme, layout, left, fused, ready))
+    losses, model = train(lambda model, batch: merged_step(model, batch, backend, device, scheme, layout, left, fused, ready), device=device)
     expected, other = plain[scheme == "images_first"]
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
     assert losses[-2] < losses[0], "nothing was learnt, so nothing was compared"
     for (name, a), b in zip(model.named_parameters(), other.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_sample_alone_gives_what_it_gives_in_company(backend):
+def test_a_sample_alone_gives_what_it_gives_in_company(backend, device):
     """G1 to G3: packing and padding must not change what a token sees."""
     torch.manual_seed(1)
-    model = Decoder().double()
+    model = Decoder().double().to(device)
     batch = samples(torch.Generator().manual_seed(3))
     for scheme, layout, left in WAYS:
-        if backend == "triton" and (scheme, layout) != ("expand", "packed"):
+        if backend == "triton" and device == "cpu" and (scheme, layout) != ("expand", "packed"):
             continue
-        together = hidden(model, batch, backend, scheme, layout, left)
+        together = hidden(model, batch, backend, device, scheme, layout, left)
         for b, one in enumerate(batch):
-            alone = hidden(model, [one], backend, scheme, layout, left)[0]
+            alone = hidden(model, [one], backend, device, scheme, layout, left)[0]
             mine = together[b]
             length = min(len(alone), len(mine))
             side = slice(-length, None) if left else slice(None, length)
             torch.testing.assert_close(mine[side], alone[side])
 
 
-def hidden(model, batch, backend, scheme, layout, left):
-    ids, mask, _ = laid_out(batch, scheme, left)
-    images = [model.tower(image) for _, given in batch for image in given]
+def hidden(model, batch, backend, device, scheme, layout, left):
+    ids, mask, _ = placed(laid_out(batch, scheme, left), device)
+    images = [model.tower(image.to(device)) for _, given in batch for image in given]
     counts = [sum(len(image) for image in given) for _, given in batch]
     merged = vlm_fuse.merge(
         ids, model.embedding(ids), images, image_token_id=IMAGE if scheme != "images_first" else None, attention_mask=mask, scheme=scheme, layout=layout,
@@ -220,25 +221,26 @@ def hidden(model, batch, backend, scheme, layout, left):
     return back
 
 
-def test_images_are_seen_by_the_words_about_them(backend):
+def test_images_are_seen_by_the_words_about_them(backend, device):
     """A changed image changes what its own sample predicts, and no other sample."""
     torch.manual_seed(1)
-    model = Decoder().double()
+    model = Decoder().double().to(device)
     batch = samples(torch.Generator().manual_seed(3))
     changed = [(text, [image + 1 for image in images] if b == 2 else images) for b, (text, images) in enumerate(batch)]
     for scheme, layout, left in WAYS[4:5] + WAYS[10:]:
-        before, after = (hidden(model, given, backend, scheme, layout, left) for given in (batch, changed))
+        before, after = (hidden(model, given, backend, device, scheme, layout, left) for given in (batch, changed))
         for b in range(len(batch)):
             assert torch.equal(before[b], after[b]) == (b != 2)
 
 
-def test_bidirectional_images_train(backend):
+def test_bidirectional_images_train(backend, device):
     """Gemma's mask: an image's first row sees its last."""
     batch = [([3, 4, 5], [torch.randn(4, 12, dtype=torch.float64)])]
     torch.manual_seed(1)
-    model = Decoder().double()
-    ids, mask, _ = laid_out(batch, "placeholders", False)
-    merged = vlm_fuse.merge(ids, model.embedding(ids), [model.tower(batch[0][1][0])], image_token_id=IMAGE, attend=Attend(images="bidirectional"), backend=backend)
+    model = Decoder().double().to(device)
+    ids, mask, _ = placed(laid_out(batch, "placeholders", False), device)
+    image = model.tower(batch[0][1][0].to(device))
+    merged = vlm_fuse.merge(ids, model.embedding(ids), [image], image_token_id=IMAGE, attend=Attend(images="bidirectional"), backend=backend)
     dense = merged.mask.dense()[0, 0]
     first, last = 1, 4
     assert dense[first, last] and not dense[0, first] and not dense[last, last + 1]

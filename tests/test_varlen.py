@@ -121,12 +121,12 @@ def classed(rows):
     return OTHER_SEGMENT, 0
 
 
-def test_segments_are_the_finest_cut_and_classed_rightly(backend):
+def test_segments_are_the_finest_cut_and_classed_rightly(backend, device):
     @examples(backend)
     @given(any_masks())
     def check(mask):
         with serving(backend):
-            segments = mask._segments()
+            segments = mask.to(device)._segments()
         dense = mask.dense()[:, 0]
         for sample in range(len(dense)):
             own = [one for one in segments if one.sample == sample]
