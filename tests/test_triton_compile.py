@@ -226,6 +226,18 @@ def run_block_map(pair=True, samples=2, rows=700, keys=900, q_block=128, kv_bloc
     triton_block_map.block_map(bound, bound, bound if pair else None, bound if pair else None, keys, q_block, kv_block)
 
 
+def run_positions(packed=True, seconds="float32", split=False, samples=2, length=700, grids=5):
+    import torch
+
+    from vlm_fuse.kernels import triton_positions
+
+    types, ids = torch.zeros(samples, length, dtype=torch.int64), torch.zeros(samples, length, dtype=torch.int32)
+    grid = torch.zeros(grids, 3, dtype=torch.int64)
+    intervals = None if seconds is None else torch.zeros(grids, dtype=getattr(torch, seconds))
+    beside = (types.bool(), ids) if packed else (types, None)
+    triton_positions.mrope_position_ids(types, grid, grid, intervals, *beside, 2, grids, split, torch.zeros(8, dtype=torch.int64) if packed else None)
+
+
 # batch sizes that differ in everything Triton could look at: 1, multiples of 16, odd numbers
 STEPS = {
     "rows": [(run_rows, (960, "bfloat16", "bfloat16", "bfloat16", {"tensors": tensors}, batch)) for tensors in (1, 3) for batch in (1, 16, 37)],
@@ -236,7 +248,10 @@ STEPS = {
     "dense": [(run_dense, ("bfloat16", True, *sizes)) for sizes in ((1, 1, 1), (16, 64, 2**14), (5, 77, 4099))],
     "bits": [(run_dense, ("uint8", True, *sizes)) for sizes in ((1, 1, 1), (16, 64, 2**14), (5, 77, 4099))],
     "block_map": [(run_block_map, (True, *sizes)) for sizes in ((1, 1, 1, 1, 1), (16, 64, 2**14, 16, 128), (5, 77, 4099, 7, 100))],
+    "positions": [(run_positions, (True, "float32", False, *sizes)) for sizes in ((1, 1, 1), (16, 64, 16), (5, 777, 37))],
 }
+#: packed, type of the seconds of videos, frames that stand apart
+POSITIONS = {"positions": (True, "float32"), "positions_bf16": (True, "bfloat16"), "positions_float64": (False, "float64"), "positions_frames": (False, None, True)}
 DENSE = ("bool", "bfloat16", "float32", "float64", "uint8")
 PLANS = {"keep": (0, 0, False), "packed_documents": (0, 2, True), "expand_padded": (1, 1, False), "images_first": (2, 2, False)}
 
@@ -275,6 +290,9 @@ def main(wanted):
     found["launches"]["block_map"] = [launch[0].__name__ for launch in recorder.of(run_block_map)]
     note("block_map", recorder.of(run_block_map), TARGETS)
     note("block_map", recorder.of(run_block_map, False), (MAIN,))
+    for case, arguments in POSITIONS.items():
+        found["launches"][case] = [launch[0].__name__ for launch in recorder.of(run_positions, *arguments)]
+        note(case, recorder.of(run_positions, *arguments), TARGETS if case == "positions" else (MAIN,))
     for case, steps in STEPS.items() if MAIN in wanted else ():
         keys = {}
         for call, arguments in steps:
@@ -381,4 +399,5 @@ def test_launches_are_few(found):
         "images_first": [count, tokens, rows, count, tokens, rows],
         **{f"dense_{dtype}": ["entries_kernel"] for dtype in DENSE},
         "block_map": ["classes_kernel", "lists_kernel"],
+        **dict.fromkeys(POSITIONS, ["count_kernel", "sums_kernel", "positions_kernel", "finish_kernel"]),
     }

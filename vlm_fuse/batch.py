@@ -52,6 +52,10 @@ RECORD_FIELDS = ("code", "sample", "kind", "placeholders", "rows", "total_placeh
 
 TOO_FEW_ROWS, TOO_MANY_ROWS, COUNTS_DIFFER, IMAGE_CUT, DOCUMENT_RETURNS, TOO_LONG, OUTSIDE_VOCABULARY, TOO_MANY_INTERVALS = range(1, 9)
 
+#: of M-RoPE positions. In these `kind` is 0 for images, 1 for videos, and `extra` the row of the grids (NO_GRID: how many there are).
+#: BAD_GRID has t, h, w and the merge size in the fields behind the kind; UNKNOWN_TYPE the column and, as `extra`, the type.
+BAD_GRID, NO_GRID, GRID_CUT, GRID_UNUSED, UNKNOWN_TYPE = range(9, 14)
+
 #: what the rows of a segment of a mask see of its keys, as `segments` says.
 EMPTY_SEGMENT, CAUSAL_SEGMENT, FULL_SEGMENT, WINDOWED_SEGMENT, WINDOWED_FULL_SEGMENT, OTHER_SEGMENT = range(6)
 

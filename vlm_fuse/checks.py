@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -10,9 +11,13 @@ from torch.compiler import is_compiling
 
 from .attending import NO_LIMIT, Attend
 from .batch import (
+    BAD_GRID,
     COUNTS_DIFFER,
     DOCUMENT_RETURNS,
+    GRID_CUT,
+    GRID_UNUSED,
     IMAGE_CUT,
+    NO_GRID,
     OUTSIDE_VOCABULARY,
     ROW_DTYPES,
     SCHEMES,
@@ -20,12 +25,14 @@ from .batch import (
     TOO_LONG,
     TOO_MANY_INTERVALS,
     TOO_MANY_ROWS,
+    UNKNOWN_TYPE,
     Batch,
 )
 from .modes import dispatch_modes
 
 ID_DTYPES = (torch.int64, torch.int32)
 MASK_DTYPES = (torch.int64, torch.bool, torch.int32, torch.int16, torch.int8, torch.uint8)
+VALIDATE = ("auto", "sync", "async", "off")
 _ATTENTION_DTYPES = (*MASK_DTYPES, *ROW_DTYPES)
 
 
@@ -412,6 +419,61 @@ def attention(q, k, v, mask, scale) -> None:
         )
 
 
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def mrope_tensors(types, image_grid_thw, video_grid_thw, attention_mask, document_ids) -> int:
+    """The tensors of mrope_position_ids agree; the number of videos."""
+    dtype_of("mm_token_type_ids", types, MASK_DTYPES)
+    if types.dim() != 2:
+        raise ValueError(f"mm_token_type_ids: expected (B, L), got {tuple(types.shape)}" + ("; unsqueeze(0) one sample" if types.dim() == 1 else ""))
+    if types.numel() >= 2**31:
+        raise ValueError(f"mm_token_type_ids: {types.numel()} tokens; at most {2**31 - 1} are taken, split the batch")
+    if attention_mask is not None:
+        _beside(types, "mm_token_type_ids", "attention_mask", attention_mask, _ATTENTION_DTYPES)
+    if document_ids is not None:
+        _beside(types, "mm_token_type_ids", "document_ids", document_ids, ID_DTYPES)
+    for name, grid in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
+        if grid is not None:
+            dtype_of(name, grid, (*ID_DTYPES, torch.int16, torch.int8, torch.uint8))
+            if grid.dim() != 2 or grid.shape[1] != 3:
+                raise ValueError(f"{name}: expected (n, 3), a row of t, h, w for each, got {tuple(grid.shape)}")
+    return 0 if video_grid_thw is None else video_grid_thw.shape[0]
+
+
+def merge_size(value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ValueError(f"spatial_merge_size: expected a whole number of at least 1, got {value!r}")
+    return value
+
+
+def token_rate(value) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"tokens_per_second: expected a number, got {type(value).__name__}")
+    if not 0 <= value < 2**31:
+        raise ValueError(f"tokens_per_second: expected a number of at least 0, got {value!r}")
+    return value
+
+
+def seconds(value, videos: int):
+    """Seconds between the frames of each video: a tensor as it is, anything else as a list of numbers."""
+    if isinstance(value, Tensor):
+        dtype_of("second_per_grid_ts", value, (*ROW_DTYPES, *ID_DTYPES))
+        if value.dim() != 1:
+            raise ValueError(f"second_per_grid_ts: expected (videos,), got {tuple(value.shape)}")
+        given = value.tolist() if on_host(value) else []
+    else:
+        given = value = list(value)
+        if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in given):
+            raise TypeError(f"second_per_grid_ts: expected a tensor or a list of numbers, got {value!r}")
+    if len(value) != videos:
+        raise ValueError(f"second_per_grid_ts: has {len(value)} entries, but video_grid_thw has {videos} rows; give one for each video")
+    wrong = next((i for i, number in enumerate(given) if not (0 <= number < 2**31 and math.isfinite(number))), None)
+    if wrong is not None:
+        raise ValueError(f"second_per_grid_ts: video {wrong} has {given[wrong]!r}; expected seconds of at least 0")
+    return value
+
+
 # --- what backends found ----------------------------------------------------------------------------------------------
 
 
@@ -477,4 +539,31 @@ def explain(record: tuple[int, ...], batch: Batch | None = None, input_ids: Tens
             f"attend: row {sample} of the flattened rows (column {extra}) would need more than two intervals of keys: padding inside its document, a window, "
             f"an image, a prefix or a parent leave too many gaps. Remove the padding (layout='packed') or describe the mask by fewer parts"
         )
+    if code in (BAD_GRID, NO_GRID, GRID_CUT, GRID_UNUSED, UNKNOWN_TYPE):
+        return _explain_grids(record)
     raise AssertionError(f"unknown record {record}")
+
+
+def _explain_grids(record: tuple[int, ...]) -> Exception:
+    code, sample, kind, wanted, have, total, total_have, extra = record
+    name, what = (("image_grid_thw", "image"), ("video_grid_thw", "video"))[kind]
+    if code == BAD_GRID:
+        return ValueError(
+            f"{name}: row {extra} is ({wanted}, {have}, {total}); t, h and w are at least 1, and h and w multiples of spatial_merge_size ({total_have})"
+        )
+    if code == NO_GRID:
+        return ValueError(
+            f"{name}: sample {sample} has {wanted} {what} placeholders (mm_token_type_ids {kind + 1}), but the grids have {have} left for it; the batch has "
+            f"{total} placeholders, and its {extra} grids need {total_have}. Give a grid for each {what}, in reading order, and check spatial_merge_size"
+        )
+    if code == GRID_CUT:
+        return ValueError(
+            f"{name}: in sample {sample} an image or frame of row {extra} has {wanted} placeholders, but its grid needs {have} beside each other; the batch has "
+            f"{total} placeholders, and its grids need {total_have}. It ends early (truncation), crosses a document boundary or holds padding: keep it whole or drop it"
+        )
+    if code == GRID_UNUSED:
+        return ValueError(
+            f"{name}: the grids need {have} placeholders, but the batch has {wanted} (mm_token_type_ids {kind + 1}); from row {extra} on none are left. "
+            "Drop the grids without placeholders, or check truncation"
+        )
+    return ValueError(f"mm_token_type_ids: sample {sample} has type {extra} (token {wanted}); expected 0 for text, 1 for an image, 2 for a video")

@@ -28,6 +28,7 @@ from .batch import (
     report,
 )
 from .reference_masks import intervals as intervals  # the backend's functions are found in one module
+from .reference_positions import mrope_position_ids as mrope_position_ids
 from .reference_renderings import bits as bits
 from .reference_renderings import block_map as block_map
 from .reference_renderings import dense as dense

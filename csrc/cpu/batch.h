@@ -72,6 +72,11 @@ enum ErrorCode : int64_t {
   kTooLong = 6,
   kOutsideVocabulary = 7,
   kTooManyIntervals = 8,
+  kBadGrid = 9,
+  kNoGrid = 10,
+  kGridCut = 11,
+  kGridUnused = 12,
+  kUnknownType = 13,
 };
 
 struct Record {

@@ -20,6 +20,8 @@ PyObject* py_dense(PyObject* const* args);
 PyObject* py_bits(PyObject* const* args);
 PyObject* py_block_map(PyObject* const* args);
 PyObject* py_segments(PyObject* const* args);
+PyObject* py_mrope_position_ids(PyObject* const* args);
+PyObject* py_best_fit(PyObject* const* args);
 PyObject* py_memory(PyObject* const* args);
 PyObject* py_reset_peak(PyObject* const* args);
 

@@ -37,6 +37,8 @@ PyMethodDef methods[] = {
     method<py_bits, 5>("bits", "bits(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length)"),
     method<py_block_map, 7>("block_map", "block_map(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, q_block, kv_block)"),
     method<py_segments, 5>("segments", "segments(kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length)"),
+    method<py_mrope_position_ids, 10>("mrope_position_ids", "mrope_position_ids(types, image_grid, video_grid, ...)"),
+    method<py_best_fit, 4>("best_fit", "best_fit(needs, order, budgets, rows)"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from ..batch import RAISE, ROW_DTYPES, Batch, RecordedError
 from ..modes import MODES
 from .torch_library import address
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _why_missing() -> str:
@@ -90,6 +94,10 @@ if _native is not None:
     #: of a mask's kv_lo, kv_hi, kv_lo2, kv_hi2, kv_length, as reference_renderings.py defines them
     bits, block_map, segments = _native.bits, _native.block_map, _native.segments
 
+    #: mrope_position_ids(types, image_grid, video_grid, intervals, attention_mask, document_ids, merge, interval, split, status)
+    #: -> (position_ids, rope_deltas), as reference_positions.py defines them
+    mrope_position_ids = _native.mrope_position_ids
+
     #: memory() -> (bytes of tensors made here that are alive, the most since reset_peak(), bytes kept for the next call)
     memory, reset_peak = _native.memory, _native.reset_peak
 
@@ -127,6 +135,13 @@ def intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, pair,
     lo2, hi2 = (document_ids.new_empty(shape), document_ids.new_empty(shape)) if pair else (None, None)
     second = _intervals(document_ids, image_ids, attend, prefix_lengths, parent_ids, lo, hi, lo2, hi2, status)
     return (lo, hi, lo2, hi2) if second and pair else (lo, hi, None, None)
+
+
+def best_fit(needs: np.ndarray, order: np.ndarray, budgets: tuple[int, ...]) -> np.ndarray:
+    """``(samples,)`` row of each sample, as `packing.best_fit` defines it."""
+    rows = torch.empty(len(needs), dtype=torch.int64, device="cpu")
+    _native.best_fit(torch.from_numpy(needs), torch.from_numpy(order), budgets, rows)
+    return rows.numpy()
 
 
 def accumulate_weight(grad, source_index, text_index, tokens, scale, add: bool, weight_grad: Tensor) -> None:

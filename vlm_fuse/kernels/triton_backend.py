@@ -10,8 +10,9 @@ from .triton_launch import INTERPRETED
 from .triton_masks import intervals
 from .triton_merge import accumulate_weight, rows, rows_backward
 from .triton_plan import count, facts, plan
+from .triton_positions import mrope_position_ids
 
-__all__ = ["EMULATED", "MAKES_TENSORS", "accumulate_weight", "available", "bits", "block_map", "count", "dense", "facts", "intervals", "plan", "rows", "rows_backward"]
+__all__ = ["EMULATED", "MAKES_TENSORS", "accumulate_weight", "available", "bits", "block_map", "count", "dense", "facts", "intervals", "mrope_position_ids", "plan", "rows", "rows_backward"]
 
 
 #: under TRITON_INTERPRET=1 kernels run on the host, on CPU tensors.
