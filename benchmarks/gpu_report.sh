@@ -94,7 +94,8 @@ fi
 # what only a GPU shows comes first; what is compiled for GPUs that need not be here is left to machines without one
 FIRST=(tests/test_streams_and_graphs.py tests/test_cuda_allocation.py)
 LEFT_OUT=()
-for name in install headers emulator demo docs cuda_compile cuda_sanitized triton_compile streams_and_graphs cuda_allocation; do
+for name in install headers emulator demo docs packing packing_ranks packing_stream packing_distributed padding_experiment \
+    collators_transformers cuda_compile cuda_sanitized triton_compile streams_and_graphs cuda_allocation; do
     LEFT_OUT+=(--ignore "tests/test_$name.py")
 done
 WORKERS=()

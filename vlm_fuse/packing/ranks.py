@@ -1,0 +1,120 @@
+"""Rows for ranks: as many for each, and rows of like vision work at the same step, without talking."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from .lengths import PackedRows
+
+
+def own_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """(rank, world_size) as given, else torch.distributed's, else torchrun's variables, else (0, 1)."""
+    if (rank is None) != (world_size is None):
+        raise ValueError("rank, world_size: give both, or neither to take those of torch.distributed")
+    if rank is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        else:
+            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 to {world_size - 1} of world_size={world_size}, got {rank}")
+    return rank, world_size
+
+
+def deal(work: np.ndarray, world_size: int, *, seed: int | None, drop_last: bool = False) -> np.ndarray:
+    """``(world_size, steps)`` row numbers: rank r takes row ``[r, s]`` at step s.
+
+    Rows are sorted by work and dealt out in groups of neighbours, one group a step, so that no rank waits long for another;
+    within a group the heaviest row goes to the rank that has done least. The steps are then shuffled.
+
+    Args:
+        work: ``(rows,)`` of each row, the same on every rank.
+        world_size: number of ranks.
+        seed: of the order of the steps; None: the heaviest first.
+        drop_last: where rows are left over, leave them out; else the lightest are repeated, as DistributedSampler does.
+    """
+    order = np.argsort(-work, kind="stable")
+    over = len(order) % world_size
+    if over and drop_last:
+        order = order[: len(order) - over]
+    elif over:
+        order = np.concatenate([order, np.resize(order[::-1], world_size - over)])
+        order = order[np.argsort(-work[order], kind="stable")]
+    steps = order.reshape(-1, world_size)
+    dealt, done = np.empty_like(steps), np.zeros(world_size, dtype=np.int64)
+    for step, group in enumerate(steps):
+        ranks = np.argsort(done, kind="stable")
+        dealt[step, ranks] = group
+        done[ranks] += work[group]
+    if seed is not None:
+        dealt = dealt[np.random.default_rng(seed).permutation(len(dealt))]
+    return np.ascontiguousarray(dealt.T)
+
+
+class RankSampler(Sampler[int]):
+    """Numbers of the rows that this rank takes, for a DataLoader over a `PackedDataset`.
+
+    Every rank gets the same number of rows, and at each step rows of like vision work (patches, else images, else tokens),
+    worked out from the rows alone. Its state is saved and restored by `state_dict` and `load_state_dict`; torchdata's
+    StatefulDataLoader calls them, and knows which rows its workers have prefetched but nobody has seen.
+
+    Args:
+        rows: what `pack_lengths` gave, the same on every rank.
+        rank, world_size: default those of torch.distributed, else of torchrun.
+        seed: with the epoch, of the order of the steps. None: the heaviest rows first, in every epoch.
+        drop_last: rows that do not go evenly among the ranks are left out instead of repeated. `pack_lengths(rows_multiple_of=world_size)`
+            leaves none.
+
+    Example:
+        >>> from vlm_fuse import packing
+        >>> rows = packing.pack_lengths([700, 300, 600, 400, 200, 900], 1000)
+        >>> [list(packing.RankSampler(rows, rank=rank, world_size=2, seed=None)) for rank in (0, 1)]
+        [[1, 0], [2, 3]]
+    """
+
+    def __init__(self, rows: PackedRows, *, rank: int | None = None, world_size: int | None = None, seed: int | None = 0, drop_last: bool = False):
+        self.rows = rows
+        self.rank, self.world_size = own_rank(rank, world_size)
+        self.seed, self.drop_last, self.epoch = seed, drop_last, 0
+        self._yielded, self._resume = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order `iter` gives next; call it on every rank, as with DistributedSampler."""
+        self.epoch = epoch
+
+    def _own_rows(self) -> list[int]:
+        rows = self.rows
+        work = next((column for column in (rows.patches, rows.images) if column.any()), rows.tokens)
+        seed = None if self.seed is None else np.random.SeedSequence([self.seed, self.epoch])
+        return deal(work, self.world_size, seed=seed, drop_last=self.drop_last)[self.rank].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        self._yielded, self._resume = self._resume, 0
+        for row in self._own_rows()[self._yielded :]:
+            self._yielded += 1
+            yield row
+
+    def __len__(self) -> int:
+        count = len(self.rows) // self.world_size
+        return count if self.drop_last or not len(self.rows) % self.world_size else count + 1
+
+    def state_dict(self) -> dict:
+        """Where the iteration stands: the epoch, and how many rows this rank was given."""
+        return {"epoch": self.epoch, "yielded": self._yielded, "rows": len(self.rows), "world_size": self.world_size}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from there at the next `iter`.
+
+        Raises:
+            ValueError: a state of other rows or of another number of ranks.
+        """
+        for name, own in (("rows", len(self.rows)), ("world_size", self.world_size)):
+            if state[name] != own:
+                raise ValueError(f"load_state_dict: the state is of {name}={state[name]}, this sampler has {own}; restore it with the rows and ranks it was saved with")
+        self.epoch, self._resume = state["epoch"], state["yielded"]
+        self._yielded = self._resume
