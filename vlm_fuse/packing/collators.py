@@ -115,9 +115,20 @@ class _Collator:
                 types.masked_fill_(input_ids == token, kind)
         return types
 
-    def _mrope(self, types: Tensor, batch: dict, **rows) -> tuple[Tensor, Tensor]:
+    def _mrope(self, types: Tensor, batch: dict, reads: list[Read], **rows) -> tuple[Tensor, Tensor]:
+        try:
+            return self._mrope_of(types, batch, **rows)
+        except ValueError:
+            for read in reads:  # a row may hold several samples: which one was it?
+                try:
+                    self._mrope_of(self._types(read.input_ids, read.by_token)[None], join([read.vision]))
+                except ValueError as error:
+                    raise ValueError(f"{read.named}: {str(error).replace('sample 0', 'it')}") from None
+            raise
+
+    def _mrope_of(self, types: Tensor, vision: dict, **rows) -> tuple[Tensor, Tensor]:
         form = self.sample_format
-        grids = {name: batch.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+        grids = {name: vision.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
         return mrope_position_ids(
             types, **grids, **rows, spatial_merge_size=form.spatial_merge_size, tokens_per_second=self.tokens_per_second, split_video_frames=form.frames_apart
         )
@@ -144,7 +155,7 @@ class PackingCollator(_Collator):
 
     Returns (of a call): CollatedBatch, a dict:
         input_ids ``(G, W)`` int64; position_ids ``(G, W)`` or ``(4, G, W)`` int64; plan, the `TokenPlan` for ``merge(..., plan=plan)``
-        with its masks, document_ids (documents numbered over the batch) and cu_seqlens made;
+        with its masks, document_ids (documents numbered over the batch) and cu_seqlens made; use_cache, which is False;
         labels ``(G, W)`` int64, token_counts ``(documents,)`` int64 (labels of each document), loss_weights ``(G, W)`` float32, where
         the samples have labels; cu_seqlens_padded int32 ``(documents + 1,)``: where each document begins in the flattened rows, then
         their end; the vision inputs of all samples, joined; what else the samples have, as lists.
@@ -154,7 +165,9 @@ class PackingCollator(_Collator):
             the remedy; rows longer than `length`; more documents than `max_documents`.
 
     position_ids go on through the padding behind a document and start anew at the tail, so that transformers, called without an
-    attention_mask, sees one document each and one of padding.
+    attention_mask, sees one document each and one of padding: ``model(**batch)`` isolates in the families that go by positions.
+    With a cache it does not look for documents, and makes one unless told not to, in training too (its Trainer switches that off for
+    the whole model's config, of which most VLMs' text models see nothing): hence use_cache. A sample of no tokens is no document.
 
     Example:
         >>> from vlm_fuse.packing import PackingCollator
@@ -222,9 +235,9 @@ class PackingCollator(_Collator):
         if self.multiple_of > 1:
             batch["cu_seqlens_padded"] = _padded_bounds(bounds, shape, documents)
         self._finish(batch, reads, made, document_ids, documents)
-        batch["position_ids"] = position_ids
+        batch["position_ids"], batch["use_cache"] = position_ids, False
         if self.mrope:
-            four, _ = self._mrope(self._types(input_ids, by_token), batch, document_ids=document_ids)
+            four, _ = self._mrope(self._types(input_ids, by_token), batch, reads, document_ids=document_ids)
             four[0] = position_ids
             batch["position_ids"] = four
         return batch
@@ -285,8 +298,7 @@ class PaddingCollator(_Collator):
         if not reads:
             raise ValueError("the batch has no samples, or every one is None; leave such batches out in the dataset")
         lengths = [len(read.input_ids) for read in reads]
-        longest = [number for number, sample in enumerate(samples) if sample is not None][int(np.argmax(lengths))]
-        width = self._width(max(lengths), f"{_name(samples[longest], longest)} has")
+        width = self._width(max(lengths), f"{reads[int(np.argmax(lengths))].named} has")
         starts = [(row, width - own if self.padding_side == "left" else 0) for row, own in enumerate(lengths)]
         input_ids, labels, by_token = self._placed(reads, starts, (len(reads), width))
         kept = _at([torch.ones(own, dtype=torch.int64) for own in lengths], starts, (len(reads), width), 0)
@@ -294,7 +306,7 @@ class PaddingCollator(_Collator):
         batch = CollatedBatch(input_ids=input_ids, attention_mask=kept, position_ids=made.position_ids, **by_token)
         self._finish(batch, reads, made, made.document_ids, len(reads))
         if self.mrope:
-            batch["position_ids"], batch["rope_deltas"] = self._mrope(self._types(input_ids, by_token), batch, attention_mask=kept)
+            batch["position_ids"], batch["rope_deltas"] = self._mrope(self._types(input_ids, by_token), batch, reads, attention_mask=kept)
         return batch
 
 

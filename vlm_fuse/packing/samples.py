@@ -52,6 +52,7 @@ class Read(NamedTuple):
     rest: dict[str, object]
     image_sizes: list[int] | None  # placeholders of each image in reading order; None: not known
     video_sizes: list[int] | None
+    named: str  # in errors
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class SampleFormat:
         rest = {name: value for name, value in sample.items() if name not in vision and name not in by_token and name not in _REPLACED and value is not None}
         images, videos = self._sizes(sample)
         self._check(named, input_ids, by_token.get("mm_token_type_ids"), images, videos, vision)
-        return Read(input_ids, labels, by_token, vision, rest, images, videos)
+        return Read(input_ids, labels, by_token, vision, rest, images, videos, named)
 
     def size(self, sample: Mapping, named: str = "the sample") -> SampleSize:
         """Tokens, images and vision patches of a sample: what it takes of a row's budgets.
@@ -203,7 +204,7 @@ class SampleFormat:
             images = [int(rows) for rows in self.rows_per_image(sample)]
         elif images is None and self.rows_per_image is not None:
             images = [self.rows_per_image * count for count in tiles_of_images(sample)]
-        if images is None and not any(_has(sample, name) for name in sample if _is_pictures(str(name))):
+        if images is None and not any(_has(sample, name) for name in sample if is_pictures(str(name))):
             images = []
         if videos is None and not any(_has(sample, name) for name in ("pixel_values_videos", "video_embeds")):
             videos = []
@@ -215,6 +216,11 @@ class SampleFormat:
         return (grid_of(sample[name]).prod(axis=1) // self.spatial_merge_size**2).tolist()
 
     def _check(self, named: str, input_ids: Tensor, types: Tensor | None, images: list[int] | None, videos: list[int] | None, vision: dict) -> None:
+        for name, grid_name in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+            if grid_name in vision and getattr(vision.get(name), "ndim", 0) == 2:
+                patches = int(grid_of(vision[grid_name]).prod(axis=1).sum())
+                if len(vision[name]) != patches:
+                    raise ValueError(f"{named}: {name} has {len(vision[name])} patches, {grid_name} {patches}; take both from one call of the processor")
         counts = [0 if token is None else int((input_ids == token).sum()) for token in (self.image_token_id, self.video_token_id)]
         if self.image_token_id == self.video_token_id and counts[0]:
             if types is None:
@@ -276,7 +282,7 @@ def _of_tower(name: str, value) -> bool:
     return any(part in name for part in VISION) and (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0)
 
 
-def _is_pictures(name: str) -> bool:
+def is_pictures(name: str) -> bool:
     """Whether images come under this name: pixels of whatever sort, nanoVLM's list, or rows that a tower made of them."""
     return ("pixel" in name and "video" not in name) or name in ("images", "image_embeds", "image_features")
 

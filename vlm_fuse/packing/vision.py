@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .samples import BATCHED, batched_images, writable
+from .samples import BATCHED, batched_images, is_pictures, writable
 
 
 def join(parts: Sequence[dict]) -> dict:
     """``{name: all images of the batch}`` from the vision inputs of each sample.
 
-    Tensors and arrays are joined along the images; where images differ in size (tiles of LLaVA-NeXT, Pixtral's pictures) the smaller
-    are zero-padded behind, as their processors do within a sample. Lists of images stay one list, lists of numbers become tensors.
+    Tensors and arrays are joined along the images; where images differ in size (tiles of LLaVA-NeXT, Pixtral's pictures) the pixels of
+    the smaller are zero-padded behind, as their processors do within a sample. Lists of images stay one list, lists of numbers become tensors.
     """
     # a text without images may come with empty ones, which have no form to go by; nanoVLM's list is asked for all the same
     names = dict.fromkeys(name for part in parts for name, value in part.items() if len(value) or name == "images")
@@ -37,6 +37,11 @@ def _joined(found: list[tuple[dict, object]], name: str):
     if len(dims) > 1:
         raise ValueError(f"{name}: the samples have it with {' and '.join(map(str, dims))} dimensions; give all of them the same form")
     along = int(name in BATCHED and all(batched_images(part) for part, _ in found))
+    sizes = dict.fromkeys((*tensor.shape[:along], *tensor.shape[along + 1 :]) for tensor in tensors)
+    if len(sizes) > 1 and not (is_pictures(name) and tensors[0].dim() > 2):
+        # zeros are no pixels there: a frame more of a video, a patch more at position 0
+        shown = " and ".join(map(str, list(sizes)[:4]))
+        raise ValueError(f"{name}: the samples have it in sizes {shown}; let the processor make them alike, or put such samples in batches of their own")
     return _concatenated(tensors, along)
 
 
