@@ -48,9 +48,9 @@ def photographs(rows: list[int]) -> list[bytes]:
 
 
 def grid_of(rows: int) -> tuple[int, int]:
-    """(high, wide) of a picture of about so many rows, of 3 to 4."""
-    high = max(1, round((rows * 0.75) ** 0.5))
-    return high, max(1, round(rows / high))
+    """(high, wide) of a picture of so many rows or a few less, about 3 to 4."""
+    high = max(1, min(rows, round((rows * 0.75) ** 0.5)))
+    return high, rows // high
 
 
 def tokenizer():

@@ -512,7 +512,7 @@ def test_a_stream_splits_what_is_longer_than_a_row(name):
 
 
 def test_cuts_that_nobody_could_make():
-    with pytest.raises(ValueError, match="cut: pixel_values has 3 parts for 2 images, so that nobody knows"):
+    with pytest.raises(ValueError, match="the sample: pixel_values has 3 parts for 2 images, so that nobody knows"):
         SampleFormat(IMAGE).cut({"input_ids": [IMAGE, 1, IMAGE, IMAGE], "pixel_values": pixels(3)}, 0, 1)
     with pytest.raises(ValueError, match="placeholders of an image and of a video stand within one another"):
         SampleFormat(IMAGE, VIDEO).spans({"input_ids": [IMAGE, VIDEO, IMAGE, IMAGE, IMAGE], "image_grid_thw": [[1, 4, 4]], "video_grid_thw": [[1, 2, 2]]})

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 from .samples import BATCHED, LOSS_MASKS, TOKEN_KEYS, VIDEO, batched_images, grid_of
 
 
-def cut(form: SampleFormat, sample: Mapping, start: int, stop: int) -> dict:
+def cut(form: SampleFormat, sample: Mapping, start: int, stop: int, named: str) -> dict:
     """Tokens `start` to `stop` of the sample without its padding; see `SampleFormat.cut`."""
-    read = form.read(sample)
+    read = form.read(sample, named)
     if not 0 <= start <= stop <= len(read.input_ids):
-        raise ValueError(f"cut: tokens {start} to {stop} of a sample of {len(read.input_ids)}")
+        raise ValueError(f"{named}: has {len(read.input_ids)} tokens; cannot cut {start} to {stop}")
     kept: dict[str, list[int]] = {"image": [], "video": []}
     seen = {"image": 0, "video": 0}
     kinds = form.kinds_of(read)
     for begin, end in form.spans_of(read):
         kind = "video" if bool((kinds[begin:end] == VIDEO).any()) else "image"
         if begin < start < end or begin < stop < end:
-            raise ValueError(f"cut: tokens {start} to {stop} cut through {kind} {seen[kind]}, tokens {begin} to {end}")
+            raise ValueError(f"{named}: tokens {start} to {stop} cut through {kind} {seen[kind]}, tokens {begin} to {end}")
         if start <= begin and end <= stop:
             kept[kind].append(seen[kind])
         seen[kind] += 1
@@ -35,13 +35,13 @@ def cut(form: SampleFormat, sample: Mapping, start: int, stop: int) -> dict:
         piece["labels"] = read.labels[start:stop]
     for name, value in read.vision.items():
         kind = "video" if "video" in name or name == "second_per_grid_ts" else "image"
-        part = _part(name, value, read.vision, kept[kind], seen[kind], read.image_sizes if kind == "image" else None)
+        part = _part(named, name, value, read.vision, kept[kind], seen[kind], read.image_sizes if kind == "image" else None)
         if len(part):
             piece[name] = part
     return piece
 
 
-def _part(name: str, value, vision: Mapping, kept: list[int], count: int, sizes: list[int] | None):
+def _part(named: str, name: str, value, vision: Mapping, kept: list[int], count: int, sizes: list[int] | None):
     """What of one vision input belongs to the images `kept` out of `count`."""
     grid_name = "video_grid_thw" if name == "pixel_values_videos" else "image_grid_thw"
     batched = name in BATCHED and batched_images(vision)
@@ -49,12 +49,12 @@ def _part(name: str, value, vision: Mapping, kept: list[int], count: int, sizes:
     if name in ("pixel_values", "pixel_values_videos") and grid_name in vision:
         parts = grid_of(vision[grid_name]).prod(axis=1)
         if len(inner) != parts.sum():
-            raise ValueError(f"cut: {name} has {len(inner)} patches, {grid_name} {int(parts.sum())}")
+            raise ValueError(f"{named}: {name} has {len(inner)} patches, {grid_name} {int(parts.sum())}")
     else:
         parts = _parts_of_images(len(inner), count, sizes)
     if parts is None:
         raise ValueError(
-            f"cut: {name} has {len(inner)} parts for {count} images, so that nobody knows which belong to which; cut before the processor, or give "
+            f"{named}: {name} has {len(inner)} parts for {count} images, so that nobody knows which belong to which; cut before the processor, or give "
             "rows_per_image as a function"
         )
     ends = np.cumsum(parts)

@@ -124,9 +124,9 @@ class SampleFormat:
         grids = [grid_of(sample[name]).prod(axis=1).sum() for name in ("image_grid_thw", "video_grid_thw") if _has(sample, name)]
         return SampleSize(len(read.input_ids), images + videos, int(sum(grids)) or int((self.kinds_of(read) > 0).sum()))
 
-    def spans(self, sample: Mapping) -> list[tuple[int, int]]:
+    def spans(self, sample: Mapping, named: str = "the sample") -> list[tuple[int, int]]:
         """``(start, stop)`` tokens of each image and video, with the marks beside it."""
-        return self.spans_of(self.read(sample))
+        return self.spans_of(self.read(sample, named))
 
     def spans_of(self, read: Read) -> list[tuple[int, int]]:
         """`spans` of a sample that is read already."""
@@ -157,7 +157,7 @@ class SampleFormat:
         frames = grid_of(read.vision["video_grid_thw"])[:, 0]
         return np.repeat(np.asarray(read.video_sizes) // np.maximum(frames, 1), frames).tolist()
 
-    def cut(self, sample: Mapping, start: int, stop: int) -> dict:
+    def cut(self, sample: Mapping, start: int, stop: int, named: str = "the sample") -> dict:
         """Tokens `start` to `stop` of a sample with the images that stand there, as a sample of the same form.
 
         Raises:
@@ -173,7 +173,7 @@ class SampleFormat:
         """
         from .cutting import cut  # of no use to those who never cut
 
-        return cut(self, sample, start, stop)
+        return cut(self, sample, start, stop, named)
 
     # --- parts of read
 

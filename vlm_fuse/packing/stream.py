@@ -174,7 +174,7 @@ class RowIterator(Iterator):
         if size is None and sample is None:
             size = SampleSize(0)  # nothing, which a dataset gives where it has filtered a sample out
         if size is None:
-            size = form.size(sample, f"sample {number}") if isinstance(form, SampleFormat) else form(sample)
+            size = form.size(sample, f"sample {number} of the source") if isinstance(form, SampleFormat) else form(sample)
         return Waiting(number, 0, -1, SampleSize(*size), None if self.stream.by_index else sample)
 
     def _fill(self) -> None:
@@ -204,8 +204,8 @@ class RowIterator(Iterator):
             self._refuse(found.size, named)
         form, pieces = stream.sample_format, []
         sample = stream.source[found.number] if stream.by_index else found.sample
-        for start, stop in split(found.size.tokens, form.spans(sample), stream.capacity, named=named):
-            size = form.size(form.cut(sample, start, stop))
+        for start, stop in split(found.size.tokens, form.spans(sample, named), stream.capacity, named=named):
+            size = form.size(form.cut(sample, start, stop, named))
             if not self._fits(size):
                 self._refuse(size, f"tokens {start} to {stop} of {named}")
             pieces.append(Waiting(found.number, start, stop, size, found.sample))
@@ -252,7 +252,7 @@ class RowIterator(Iterator):
         stream = self.stream
         sample = stream.source[waiting.number] if stream.by_index else waiting.sample
         if waiting.stop >= 0:
-            sample = stream.sample_format.cut(sample, waiting.start, waiting.stop)
+            sample = stream.sample_format.cut(sample, waiting.start, waiting.stop, f"sample {waiting.number} of the source")
         return sample if stream.transform is None else stream.transform(sample)
 
     # --- resuming
