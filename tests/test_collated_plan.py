@@ -1,5 +1,6 @@
 """A plan made in the worker: nothing about the tokens is worked out again where the rows are merged."""
 
+import os
 import pickle
 
 import pytest
@@ -8,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import vlm_fuse
 from vlm_fuse import mask_ops, ops
-from vlm_fuse.packing import PackingCollator, PaddingCollator
+from vlm_fuse.packing import CollatedBatch, PackingCollator, PaddingCollator
 
 IMAGE = 9
 SAMPLES = [
@@ -102,3 +103,41 @@ def test_pinned_and_sent_without_a_wait():
         torch.cuda.set_sync_debug_mode("default")
     expected = vlm_fuse.merge(batch["input_ids"], weight=weight.cpu(), image_embeds=features.cpu(), plan=batch["plan"])
     assert torch.equal(merged.inputs_embeds.cpu(), expected.inputs_embeds)
+
+
+class Mixed(dict):
+    """A collator whose batch has tensors of every sort: views, empty ones, the same one twice, large, strided, with a gradient."""
+
+    def __call__(self, samples):
+        large, small = torch.arange(400_000, dtype=torch.int64), torch.arange(5, dtype=torch.int16)
+        return CollatedBatch(
+            large=large, small=small, again=[small, small], empty=torch.empty(0, 3), odd=torch.tensor([True, False, True]), number=torch.tensor(2.5, dtype=torch.float64),
+            strided=torch.arange(12).view(3, 4).T, half=torch.ones(3, dtype=torch.bfloat16), grad=torch.ones(2, requires_grad=True).detach() * 2,
+            parameter=torch.nn.Parameter(torch.ones(2)), text="a", parts={"deep": [torch.arange(3)]},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_worker_hands_over_every_sort_of_tensor(context):
+    expected = Mixed()([])
+    for batch in DataLoader([0, 1], batch_size=1, num_workers=1, collate_fn=Mixed(), multiprocessing_context=context):
+        assert type(batch) is CollatedBatch and list(batch) == list(expected)
+        for name in ("large", "small", "empty", "odd", "number", "strided", "half", "grad", "parameter"):
+            assert torch.equal(batch[name], expected[name]) and batch[name].dtype == expected[name].dtype, name
+        assert batch["again"][0] is batch["again"][1] is batch["small"] and batch["text"] == "a"
+        assert torch.equal(batch["parts"]["deep"][0], torch.arange(3))
+        before = batch["odd"]._version
+        batch["small"].add_(1)
+        assert batch["odd"]._version == before and batch["odd"].tolist() == [True, False, True]
+
+
+def test_a_batch_takes_few_file_descriptors():
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc")
+    count = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+    loader = iter(DataLoader(SAMPLES * 8, batch_size=3, num_workers=1, collate_fn=COLLATORS["packed"]))
+    kept = [next(loader)]
+    before = count()
+    kept += [next(loader) for _ in range(4)]
+    assert count() - before <= 4 * 3  # one for the small tensors, one for the pixels, and what comes with the queue
+    assert all(torch.equal(batch["plan"].source_index, kept[0]["plan"].source_index) for batch in kept)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..token_plan import TokenPlan
 from ..transfer import sent
+from .shipping import shipped, unshipped
 
 
 class CollatedBatch(dict):
@@ -25,9 +27,18 @@ class CollatedBatch(dict):
         device = torch.device(device)
         return CollatedBatch({name: _moved(value, device, non_blocking) for name, value in self.items()})
 
+    def __reduce_ex__(self, protocol):
+        if get_worker_info() is None:
+            return CollatedBatch, (dict(self),)
+        return _from_worker, shipped(dict(self))
+
     def pin_memory(self) -> CollatedBatch:
         """The batch in page-locked memory; a DataLoader with pin_memory=True does the same. Needs a GPU."""
         return CollatedBatch({name: _pinned(value) for name, value in self.items()})
+
+
+def _from_worker(*parts) -> CollatedBatch:
+    return CollatedBatch(unshipped(*parts))
 
 
 def _moved(value, device: torch.device, non_blocking: bool):
