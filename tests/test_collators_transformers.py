@@ -107,5 +107,5 @@ def test_tiles_that_nobody_can_tell_apart_are_not_cut():
     """Images of one size each where there are several in a sample: batch_num_images of a piece would mean something else."""
     made = ready("llava_onevision")
     several = made.samples[2]
-    with pytest.raises(ValueError, match="cut: .* parts for 2 images"):
+    with pytest.raises(ValueError, match="the sample: .* parts for 2 images"):
         SampleFormat(made.family.settings["image_token_id"]).cut(several, 0, 1)
