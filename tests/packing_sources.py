@@ -61,6 +61,25 @@ class Resumable(Stream):
         self.position = state["position"]
 
 
+class Sticky(Resumable):
+    """One that goes on from the state that was loaded with every ``iter``, as Hugging Face's IterableDataset does within an epoch."""
+
+    def __init__(self, count: int = 300):
+        super().__init__(count)
+        self.start, self.position = 0, None
+
+    def __iter__(self):
+        for index in range(self.start, len(self.samples)):
+            self.position = index
+            yield self.samples[index]
+
+    def state_dict(self):
+        return None if self.position is None else {"position": self.position + 1}
+
+    def load_state_dict(self, state):
+        self.start = state["position"] if state else 0
+
+
 SOURCES = {"by_index": ByIndex, "stream": Stream, "resumable": Resumable}
 
 

@@ -1,7 +1,12 @@
 // Runs every kernel of csrc/cpu on random batches, most of them broken in some way: whatever the numbers say, nothing
 // is read or written outside a tensor. Built with sanitizers by tests/test_headers.py.
+#include <algorithm>
+#include <limits>
+
+#include "cpu/best_fit.h"
 #include "cpu/block_map.h"
 #include "cpu/dense.h"
+#include "cpu/positions.h"
 #include "cpu/segments.h"
 #include "cpu/threads.h"
 #include "random_cases.h"
@@ -119,7 +124,56 @@ void run_renderings(const std::vector<int32_t>& lo, const std::vector<int32_t>& 
   must(covered == count, "rows in no segment, or in two");
 }
 
+void run_best_fit() {
+  BestFit asked;
+  asked.samples = any(0, chance(3) ? 3000 : 30);
+  asked.budgets = static_cast<int>(any(1, kMostBudgets));
+  const int64_t most = chance(10) ? std::numeric_limits<int64_t>::max() : any(0, 40);
+  std::vector<int64_t> needs = many<int64_t>(asked.samples * asked.budgets, chance(5) ? -1 : 0, chance(50) ? most : any(0, most));
+  std::fill_n(asked.capacity, asked.budgets, most);
+  std::vector<int64_t> order(static_cast<size_t>(asked.samples)), rows(order);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  std::shuffle(order.begin(), order.end(), generator);
+  if (!order.empty() && chance(10)) order[0] = any(-2, asked.samples + 1);
+  asked.needs = needs.data();
+  asked.order = order.data();
+  if (!best_fit(asked, rows.data())) return;
+  for (const int64_t row : rows) must(0 <= row && row < asked.samples, "a sample in no row");
+}
+
+void run_positions() {
+  MropeTask task;
+  task.samples = any(0, 4);
+  task.length = chance(5) ? any(40000, 40100) : any(0, 40);
+  const int64_t count = task.samples * task.length;
+  const std::vector<int8_t> types = many<int8_t>(count, chance(10) ? -1 : 0, chance(10) ? 3 : 2);
+  const std::vector<int64_t> mask = many<int64_t>(count, 0, 2);
+  const std::vector<int32_t> ids = many<int32_t>(count, -2, chance(50) ? 1 : INT32_MAX);
+  task.types = integers(types);
+  if (chance(50)) task.attention_mask = integers(mask);
+  if (chance(50)) task.document_ids = integers(ids);
+  const int64_t high = chance(20) ? std::numeric_limits<int64_t>::max() : 6;
+  const std::vector<int64_t> images = many<int64_t>(any(0, 5) * 3, chance(10) ? -high : 1, high), videos = many<int64_t>(any(0, 5) * 3, 1, high);
+  task.grids[0] = images.data();
+  task.grids[1] = videos.data();
+  task.counts[0] = static_cast<int64_t>(images.size()) / 3;
+  task.counts[1] = static_cast<int64_t>(videos.size()) / 3;
+  task.merge = any(1, 2);
+  task.split = chance(50);
+  task.intervals.each = chance(10) ? INT32_MAX : any(0, 3);
+  const std::vector<int64_t> whole = many<int64_t>(task.counts[1], 0, chance(20) ? std::numeric_limits<int64_t>::max() : 3);
+  const std::vector<int16_t> bits = many<int16_t>(task.counts[1] * 4, INT16_MIN, INT16_MAX);
+  task.intervals.type = static_cast<Intervals::Type>(any(0, 4));
+  if (chance(60)) task.intervals.data = task.intervals.type == Intervals::Type::kWhole ? static_cast<const void*>(whole.data()) : bits.data();
+  std::vector<int64_t> positions(static_cast<size_t>(task.rows() * count), std::numeric_limits<int64_t>::min());
+  std::vector<int64_t> deltas(static_cast<size_t>(task.samples));
+  mrope_position_ids(task, positions.data(), deltas.data());
+  for (const int64_t position : positions) must(position != std::numeric_limits<int64_t>::min(), "a position that nobody wrote");
+}
+
 void run_batch() {
+  run_best_fit();
+  run_positions();
   RandomBatch random;
   const Batch& batch = random.batch;
   const int64_t samples = batch.samples, count = samples * batch.length;

@@ -131,6 +131,7 @@ FAMILIES = {
     "glm4v": ("Glm4vModel", {"split": True}),
     "glm4v_moe": ("Glm4vMoeModel", {"split": True}),
     "glm46v": ("Glm46VModel", {"split": True}),
+    "glm_ocr": ("GlmOcrModel", {"split": True}),
 }
 
 #: seconds between frames as processors give them, and as `.to(dtype)` leaves them.
@@ -374,6 +375,9 @@ def test_compiled_once_for_all_sizes():
     types, given_ = others[0]
     with pytest.raises(ValueError, match="video_grid_thw"):
         compiled(types, given_ | {"video_grid_thw": given_["video_grid_thw"] + 1})
+    seconds = [0.5] * len(given_["video_grid_thw"])
+    for a, b in zip(compiled(types, given_ | {"second_per_grid_ts": seconds}), positions(types, given_ | {"second_per_grid_ts": seconds})):
+        assert_bits(a, b)
     torch._dynamo.reset()
 
 
@@ -435,6 +439,7 @@ ERRORS = {
     "cut_by_padding": ([[0, 1, 1, 1, 1]], dict(image=[SQUARE], mask=[[1, 1, 1, 1, 0]]), r"in sample 0 .* row 0 has 3 .*holds padding"),
     "video_cut": ([[0] * 6, [2, 2, 2, 0, 0, 0]], dict(video=[[1, 2, 2], [3, 2, 2]]), r"video_grid_thw: in sample 1 .* row 1 has 2 placeholders, but its grid needs 3"),
     "frame_cut": ([[2, 2, 0, 2]], dict(video=[[2, 2, 4]], split=True), r"video_grid_thw: in sample 0 .* row 0 has 1 placeholders, but its grid needs 2"),
+    "frames_apart_not_told": ([[2, 2, 0, 2, 2]], dict(video=[[2, 2, 4]]), r"row 0 has 2 placeholders, but its grid needs 4 .* give split_video_frames=True"),
     "frames_left": ([[2, 2, 0, 2, 2]], dict(video=[[1, 2, 4], [3, 2, 4]], split=True), r"video_grid_thw: the grids need 8 placeholders, but the batch has 4 .*row 1 on"),
     "not_divisible": ([[1]], dict(image=[[1, 2, 2], [1, 3, 2]]), r"image_grid_thw: row 1 is \(1, 3, 2\).*multiples of spatial_merge_size \(2\)"),
     "nothing_in_a_grid": ([[2]], dict(video=[[0, 2, 2]]), r"video_grid_thw: row 0 is \(0, 2, 2\); t, h and w are at least 1"),

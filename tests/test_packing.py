@@ -99,6 +99,30 @@ def test_every_sample_stands_in_one_row_within_its_budgets(problem):
     assert again == rows and np.array_equal(again.patches, rows.patches) and again.statistics == rows.statistics
 
 
+def joint(half: int) -> tuple[np.ndarray, dict]:
+    """Half of the samples leave rows without images or without patches, the others need a little of both."""
+    alternate, small = np.arange(half) % 2, np.ones(half, dtype=np.int64)
+    lengths = np.concatenate([4100 + np.arange(half) % 1900, 10 * small])
+    images, patches = (np.concatenate([first, small]) for first in (10 * alternate, 100 - 100 * alternate))
+    return lengths, dict(image_counts=images, max_images=10, patch_counts=patches, max_patches=100)
+
+
+@needs_kernel
+@pytest.mark.parametrize("budgets", ["images and patches", "documents", "rows_multiple_of"])
+def test_many_samples_under_budgets_that_bind(budgets):
+    """Where looking at every open row would take the square of the samples; benchmarks/bench_packing.py has the speeds."""
+    lengths, options = joint(50_000)
+    if budgets == "documents":
+        options = dict(max_documents=1)
+    if budgets == "rows_multiple_of":
+        lengths, options = lengths // 100, dict(rows_multiple_of=50_000)
+    with serving("cpu"):
+        rows = packing.pack_lengths(lengths, 8192, **options)
+    assert sum(map(len, rows)) == 100_000 and rows.tokens.max() <= 8192
+    assert rows.images.max() <= 10 and rows.patches.max() <= 100
+    assert len(rows) == 100_000 if budgets == "documents" else len(rows) % 50_000 == 0 or budgets == "images and patches"
+
+
 def test_a_seed_shuffles_rows_and_ties_and_is_the_same_again():
     lengths = np.random.default_rng(1).integers(1, 300, 500)
     plain, first, again, other = (packing.pack_lengths(lengths, 1000, seed=seed) for seed in (None, 1, 1, 2))
@@ -135,7 +159,7 @@ def test_empty_and_zero_lengths():
     ("arguments", "message"),
     [
         (dict(lengths=[3, 11, 12]), r"sample 1 has 11 tokens, more than the 10 of a row \(2 samples in all do\); raise the budget"),
-        (dict(lengths=[3, 4], image_counts=[0, 5], max_images=4), "sample 1 has 5 images, more than the 4 of a row"),
+        (dict(lengths=[3, 4], image_counts=[0, 5], max_images=4), "sample 1 has 5 images, more than the 4 of a row; raise the budget, or choose overlong='skip'$"),
         (dict(lengths=[3, 4], patch_counts=[0, 5], max_patches=4), "sample 1 has 5 patches, more than the 4 of a row"),
         (dict(lengths=[3], max_documents=0), "max_documents: 0"),
     ],
@@ -152,7 +176,7 @@ def test_a_document_padded_beyond_the_row_is_refused():
 
 
 def test_skipped_samples_are_reported():
-    with pytest.warns(UserWarning, match="2 of 4 samples are longer than a row and left out, the first is 1"):
+    with pytest.warns(UserWarning, match="2 of 4 samples fit into no row and are left out, the first is 1"):
         rows = packing.pack_lengths([3, 11, 4, 12], 10, overlong="skip")
     assert rows == [[0, 2]] and rows.skipped == (1, 3) and rows.statistics.skipped == 2
     with warnings.catch_warnings():

@@ -1,5 +1,8 @@
 """Rows for ranks, their datasets and samplers; a state saved and restored."""
 
+import copy
+from itertools import islice
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -91,12 +94,53 @@ def test_state_goes_on_at_the_next_row():
         assert list(resumed) == whole  # the epoch after
 
 
-@pytest.mark.parametrize("changed", [dict(world_size=3), dict(samples=100)])
+@pytest.mark.parametrize("changed", [dict(world_size=3), dict(samples=100), dict(packed_with=1), dict(seed=1), dict(drop_last=True)], ids=str)
 def test_a_state_of_something_else_is_refused(changed):
     sampler = packing.RankSampler(packed(), rank=0, world_size=2)
-    other = packing.RankSampler(packed(changed.get("samples", 200)), rank=0, world_size=changed.get("world_size", 2))
+    rows = packed(changed.pop("samples", 200), changed.pop("packed_with", 0))
+    other = packing.RankSampler(rows, **{"rank": 0, "world_size": 2, **changed})
     with pytest.raises(ValueError, match="load_state_dict: the state is of"):
         other.load_state_dict(sampler.state_dict())
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["never", "set_epoch"])
+@pytest.mark.parametrize(("workers", "drop_last", "persistent"), [(0, False, False), (2, True, False), (2, False, True)])
+def test_a_state_of_the_start_or_the_end_of_an_epoch(workers, drop_last, persistent, told):
+    """No epoch is empty, repeated or in the order of another, wherever torchdata's loader was asked."""
+    StatefulDataLoader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    rows = packed(40)  # 8 rows: 4 for each rank, in batches of 3 and 1
+
+    def epochs(loader, first):
+        for epoch in range(first, 3):
+            if told:
+                loader.sampler.set_epoch(epoch)
+            yield epoch, iter(loader)
+
+    def make():
+        sampler = packing.RankSampler(rows, rank=0, world_size=2)
+        return StatefulDataLoader(
+            range(len(rows)), sampler=sampler, batch_size=3, drop_last=drop_last, num_workers=workers, collate_fn=list, persistent_workers=persistent
+        )
+
+    whole = {epoch: list(batches) for epoch, batches in epochs(make(), 0)}
+    assert [len(batches) for batches in whole.values()] == [2 - drop_last] * 3 and (whole[1] != whole[0]) == told
+    for stop in (0, 1, 2 - drop_last, 9):
+        loader = make()
+        for epoch, batches in epochs(loader, 0):
+            head = list(islice(batches, stop if epoch else None))
+            if epoch:
+                break
+        state = copy.deepcopy(loader.state_dict())
+        resumed = make()
+        resumed.load_state_dict(state)
+        found = {epoch: list(batches) for epoch, batches in epochs(resumed, 1 if stop < 9 else 2)}
+        assert stop == 9 or head + found.pop(1) == whole[1]
+        assert found == {2: whole[2]}
+
+
+def test_rows_that_nobody_packed_are_refused():
+    with pytest.raises(TypeError, match="rows: expected what pack_lengths gave"):
+        packing.RankSampler([[0], [1]], rank=0, world_size=1)
 
 
 # --- datasets of rows

@@ -1,6 +1,7 @@
 """Rows from a stream with a buffer: the same under a seed, nothing lost or repeated, wherever it is stopped."""
 
 import copy
+import io
 import os
 import pickle
 import signal
@@ -15,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks import generator
-from packing_sources import CAPACITY, SOURCES, ByIndex, Resumable, Stream, numbers, size_of
+from packing_sources import CAPACITY, SOURCES, ByIndex, Resumable, Sticky, Stream, numbers, size_of
 from vlm_fuse.packing import PackedStream, PackingCollator, SampleFormat, SampleSize
 
 
@@ -88,8 +89,32 @@ def test_repeat_begins_anew(source):
     assert set(counts) == set(range(30)) and max(counts.values()) - min(counts.values()) < counts.total() / 30 / 4
 
 
-def test_an_empty_source_gives_no_rows_even_where_it_repeats():
-    assert list(stream_of([], repeat=True)) == [] == list(stream_of([]))
+@pytest.mark.parametrize("source", [[], [None], ByIndex(1), Stream(1)], ids=["empty", "filtered out", "another rank's", "another rank's, no index"])
+def test_nothing_for_this_rank_ends_even_where_it_repeats(source):
+    assert list(stream_of(source, repeat=True, rank=1, world_size=2)) == []
+
+
+def test_only_over_long_samples_end_even_where_they_repeat():
+    rows = iter(stream_of(ByIndex(20), repeat=True, overlong="skip", max_patches=0, sample_format=lambda sample: SampleSize(1, 0, 1)))
+    assert list(rows) == [] and rows.skipped == 20
+
+
+def test_an_iterable_with_a_length_is_no_source_by_index():
+    class Sized(Stream):
+        def __len__(self):
+            return len(self.samples)
+
+    assert numbers(stream_of(Sized())) == numbers(stream_of(Stream()))
+
+
+def test_sizes_may_be_tokens_alone():
+    tokens = np.asarray([size.tokens for size in ByIndex().sizes])
+    rows = iter(stream_of(ByIndex(), sizes=tokens))
+    assert numbers(rows) == numbers(stream_of(ByIndex(), sample_format=lambda sample: SampleSize(sample["size"].tokens)))
+    next(rows := iter(stream_of(ByIndex(), sizes=tokens)))
+    torch.save(rows.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == rows.state_dict()
 
 
 def test_ranks_and_workers_share_the_samples():
@@ -181,6 +206,19 @@ def test_a_resumable_source_is_not_read_again():
     assert again.opened_at == state["read"] > 40 and again.samples.fetched[0] == 0
 
 
+@pytest.mark.parametrize("options", [dict(repeat=True), {}], ids=["repeated", "the next epoch"])
+def test_a_resumed_source_begins_anew_at_its_beginning(options):
+    stream = stream_of(Sticky(50), **options)
+    whole = [*islice(stream, 60)]
+    running = iter(stream)
+    head = list(islice(running, 8))
+    resumed = stream_of(Sticky(50), **options)
+    rows = iter(resumed)
+    rows.load_state_dict(running.state_dict())
+    assert numbers(head) + numbers(islice(rows, 60 - 8)) == numbers(whole)
+    assert numbers(islice(resumed, 60)) == numbers(whole)
+
+
 def test_split_samples_are_resumed():
     def make():
         source = ByIndex(50)
@@ -203,6 +241,9 @@ def test_a_state_of_another_part_is_refused():
     state = iter(stream_of(ByIndex())).state_dict()
     with pytest.raises(ValueError, match="the state is of part 0 of 1 of the source, this is part 1 of 2; resume with as many ranks and workers"):
         iter(stream_of(ByIndex(), rank=1, world_size=2)).load_state_dict(state)
+    for other in (stream_of(ByIndex(200)), stream_of(ByIndex(), shuffle=True), stream_of(Stream())):
+        with pytest.raises(ValueError, match="the state is of a source of 300 samples, shuffled with seed None, this one has"):
+            iter(other).load_state_dict(state)
 
 
 # --- torchdata's loader

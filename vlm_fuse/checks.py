@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 
 import torch
@@ -468,7 +467,7 @@ def seconds(value, videos: int):
             raise TypeError(f"second_per_grid_ts: expected a tensor or a list of numbers, got {value!r}")
     if len(value) != videos:
         raise ValueError(f"second_per_grid_ts: has {len(value)} entries, but video_grid_thw has {videos} rows; give one for each video")
-    wrong = next((i for i, number in enumerate(given) if not (0 <= number < 2**31 and math.isfinite(number))), None)
+    wrong = next((i for i, number in enumerate(given) if not 0 <= number < 2**31), None)
     if wrong is not None:
         raise ValueError(f"second_per_grid_ts: video {wrong} has {given[wrong]!r}; expected seconds of at least 0")
     return value
@@ -559,7 +558,9 @@ def _explain_grids(record: tuple[int, ...]) -> Exception:
     if code == GRID_CUT:
         return ValueError(
             f"{name}: in sample {sample} an image or frame of row {extra} has {wanted} placeholders, but its grid needs {have} beside each other; the batch has "
-            f"{total} placeholders, and its grids need {total_have}. It ends early (truncation), crosses a document boundary or holds padding: keep it whole or drop it"
+            f"{total} placeholders, and its grids need {total_have}. It ends early (truncation), crosses a document boundary or holds padding: keep it whole or drop it; "
+            "or spatial_merge_size is another"
+            + (", or the frames stand apart (Qwen3-VL, GLM-4V): give split_video_frames=True (frames_apart of a collator)" if kind else "")
         )
     if code == GRID_UNUSED:
         return ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import warnings
 from typing import NamedTuple
 
@@ -75,7 +76,8 @@ def pack_lengths(
         lengths: ``(samples,)`` tokens of each sample, placeholders included: ints, an array or a tensor on the CPU.
         capacity: tokens of a row.
         image_counts, max_images: ``(samples,)`` images of each sample, and how many a row may have.
-        patch_counts, max_patches: ``(samples,)`` vision patches (what the vision tower computes) of each sample, and of a row.
+        patch_counts, max_patches: ``(samples,)`` vision patches (what the vision tower computes) of each sample, and of a row. A piece of
+            a split sample counts with the share that its images have of the tokens in `image_spans`.
         max_documents: samples of a row, where `cu_seqlens` is to have a fixed size.
         multiple_of: every document is padded to a multiple (2 * context-parallel size) and counts with its padding.
         rows_multiple_of: rounds the number of rows up (ranks * rows of a batch), by moving half of the samples of rows that have
@@ -127,7 +129,7 @@ def pack_lengths(
             raise ValueError(_too_long(int(over.argmax()), sizes, limits, int(over.sum())))
         if overlong == "skip":
             skipped = tuple(np.flatnonzero(over).tolist())
-            warnings.warn(f"pack_lengths: {len(skipped)} of {len(sizes)} samples are longer than a row and left out, the first is {skipped[0]}", stacklevel=2)
+            warnings.warn(f"pack_lengths: {len(skipped)} of {len(sizes)} samples fit into no row and are left out, the first is {skipped[0]}", stacklevel=2)
             items = np.flatnonzero(~over).tolist()
         else:
             items, pieces = _split(sizes, over, image_spans, capacity)
@@ -164,11 +166,22 @@ def _packed(items: list, sizes: np.ndarray, names, budgets, capacity: int, multi
 
 def _spread(row_of: np.ndarray, multiple: int) -> int:
     """The number of rows, made a multiple: half of the samples of the row with most move to a new one, as often as it takes."""
-    count = int(row_of.max()) + 1 if len(row_of) else 0
-    wanted = min(-(-count // multiple) * multiple, len(row_of))
-    for new in range(count, wanted):
-        members = np.flatnonzero(row_of == np.bincount(row_of).argmax())
-        row_of[members[1::2]] = new
+    counts = np.bincount(row_of)
+    wanted = min(-(-len(counts) // multiple) * multiple, len(row_of))
+    if wanted == len(counts):
+        return wanted
+    ends = np.cumsum(counts)
+    members = np.argsort(row_of, kind="stable")
+    fullest = [(-count, row, end - count, end) for row, (count, end) in enumerate(zip(counts.tolist(), ends.tolist()))]
+    heapq.heapify(fullest)
+    for new in range(len(counts), wanted):
+        _, row, start, stop = heapq.heappop(fullest)
+        moved, kept = members[start + 1 : stop : 2].copy(), members[start:stop:2].copy()
+        row_of[moved] = new
+        middle = start + len(kept)
+        members[start:middle], members[middle:stop] = kept, moved
+        heapq.heappush(fullest, (start - middle, row, start, middle))
+        heapq.heappush(fullest, (middle - stop, new, middle, stop))
     return wanted
 
 
@@ -245,7 +258,8 @@ def _too_long(sample: int, sizes: np.ndarray, limits: dict, count: int, named: s
     else:
         found = f"{named} has {needs[name]} {name}, more than the {limits[name]} of a row"
     others = f" ({count} samples in all do)" if count > 1 else ""
-    return f"lengths: {found}{others}; raise the budget, or choose overlong='skip' or 'split'"
+    # a sample is split by its tokens alone
+    return f"lengths: {found}{others}; raise the budget, or choose overlong='skip'" + (" or 'split'" if name in (None, "tokens") else "")
 
 
 def _split(sizes: np.ndarray, over: np.ndarray, image_spans, capacity: int) -> tuple[list, np.ndarray]:

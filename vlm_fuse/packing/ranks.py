@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -78,14 +79,22 @@ class RankSampler(Sampler[int]):
     """
 
     def __init__(self, rows: PackedRows, *, rank: int | None = None, world_size: int | None = None, seed: int | None = 0, drop_last: bool = False):
+        if not isinstance(rows, PackedRows):
+            raise TypeError(f"rows: expected what pack_lengths gave, which knows the work of each row, got {type(rows).__name__}")
         self.rows = rows
         self.rank, self.world_size = own_rank(rank, world_size)
         self.seed, self.drop_last, self.epoch = seed, drop_last, 0
         self._yielded, self._resume = 0, 0
+        self._told: int | None = None  # the epoch of set_epoch
+        self._packing = zlib.crc32(rows.tokens.tobytes())
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order `iter` gives next; call it on every rank, as with DistributedSampler."""
-        self.epoch = epoch
+        """The epoch whose order `iter` gives next; call it on every rank, as with DistributedSampler.
+
+        After `load_state_dict` another epoch than the state's begins at its first row.
+        """
+        self._told = epoch
+        self._begin_told()
 
     def _own_rows(self) -> list[int]:
         rows = self.rows
@@ -94,10 +103,25 @@ class RankSampler(Sampler[int]):
         return deal(work, self.world_size, seed=seed, drop_last=self.drop_last)[self.rank].tolist()
 
     def __iter__(self) -> Iterator[int]:
-        self._yielded, self._resume = self._resume, 0
-        for row in self._own_rows()[self._yielded :]:
-            self._yielded += 1
+        ended = self._resume >= len(self)
+        if ended:
+            self._begin_told()
+        start = self._yielded = self._resume
+        if ended and self._told is None:
+            self._resume = 0  # a loader whose state is of the end of an epoch asks once more, for the next one
+        return self._from(start)
+
+    def _from(self, start: int) -> Iterator[int]:
+        self._resume = 0  # not before the first row: loaders with workers ask twice
+        for count, row in enumerate(self._own_rows()[start:], start + 1):
+            self._yielded = count
             yield row
+        self._begin_told()
+
+    def _begin_told(self) -> None:
+        """An epoch that was told before a state of another one was restored follows that one."""
+        if self._told not in (None, self.epoch):
+            self.epoch, self._yielded, self._resume = self._told, 0, 0
 
     def __len__(self) -> int:
         count = len(self.rows) // self.world_size
@@ -105,16 +129,18 @@ class RankSampler(Sampler[int]):
 
     def state_dict(self) -> dict:
         """Where the iteration stands: the epoch, and how many rows this rank was given."""
-        return {"epoch": self.epoch, "yielded": self._yielded, "rows": len(self.rows), "world_size": self.world_size}
+        return {"epoch": self.epoch, "yielded": self._yielded, **self._settings()}
+
+    def _settings(self) -> dict:
+        return {"rows": len(self.rows), "packing": self._packing, "world_size": self.world_size, "seed": self.seed, "drop_last": self.drop_last}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from there at the next `iter`.
 
         Raises:
-            ValueError: a state of other rows or of another number of ranks.
+            ValueError: a state of other rows, of another number of ranks or of another order.
         """
-        for name, own in (("rows", len(self.rows)), ("world_size", self.world_size)):
+        for name, own in self._settings().items():
             if state[name] != own:
                 raise ValueError(f"load_state_dict: the state is of {name}={state[name]}, this sampler has {own}; restore it with the rows and ranks it was saved with")
-        self.epoch, self._resume = state["epoch"], state["yielded"]
-        self._yielded = self._resume
+        self.epoch, self._yielded, self._resume = state["epoch"], state["yielded"], state["yielded"]

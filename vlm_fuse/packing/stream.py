@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -41,7 +42,8 @@ class PackedStream(IterableDataset):
         capacity: tokens of a row.
         sample_format: reads sizes and cuts samples; or a function that gives a `SampleSize`, for sources of anything else.
             Default: samples without images.
-        sizes: of a source by index, the sizes of all samples, so that none is fetched before its row goes out.
+        sizes: of a source by index, the sizes of all samples (a `SampleSize` each, or tokens alone), so that none is fetched before its row
+            goes out.
         transform: applied to the samples of a row that goes out, such as a processor that decodes images.
         buffer_size: samples.
         max_images, max_patches, max_documents, multiple_of: budgets of a row, as of `pack_lengths`.
@@ -92,7 +94,11 @@ class PackedStream(IterableDataset):
         self.overlong, self.seed, self.shuffle, self.repeat, self.sharded = overlong, seed, shuffle, repeat, sharded
         self.rank, self.world_size = own_rank(rank, world_size)
         self.epoch = 0
-        self.by_index = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        # torch's IterableDataset has a __getitem__ that only raises
+        self.by_index = hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, IterableDataset)
+        self.resumable = not self.by_index and hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        self.beginning = copy.deepcopy(source.state_dict()) if self.resumable else None
+        self.moved = False  # another state was loaded into the source
         if overlong not in OVERLONG:
             raise ValueError(f"overlong: unknown {overlong!r}; choose one of {', '.join(OVERLONG)}")
         if overlong == "split" and not isinstance(sample_format, SampleFormat):
@@ -134,6 +140,7 @@ class RowIterator(Iterator):
         self.shards, self.shard = (1, 0) if stream.sharded else (stream.world_size * workers, stream.rank * workers + worker_id)
         self.skipped = self.packings = 0
         self._read, self._ended = 0, False  # samples taken from the source in this epoch, of all shards
+        self._fitted = 0  # that came into the buffer in this epoch
         self._buffer: list[Waiting] = []
         self._ready: list[list[Waiting]] = []  # rows that are packed and not out yet, the next one last
         self._open()
@@ -148,6 +155,10 @@ class RowIterator(Iterator):
             if stream.shuffle:
                 self._order = np.random.default_rng([stream.seed, self.epoch]).permutation(len(stream.source))
             return
+        if stream.moved:
+            # Hugging Face's goes on from the state that was loaded with each iter, not with the next one alone
+            stream.source.load_state_dict(copy.deepcopy(stream.beginning))
+            stream.moved = False
         self._samples = iter(stream.source)
         for _ in range(self._read):
             next(self._samples)
@@ -175,18 +186,22 @@ class RowIterator(Iterator):
             size = SampleSize(0)  # nothing, which a dataset gives where it has filtered a sample out
         if size is None:
             size = form.size(sample, f"sample {number} of the source") if isinstance(form, SampleFormat) else form(sample)
-        return Waiting(number, 0, -1, SampleSize(*size), None if self.stream.by_index else sample)
+        size = SampleSize(*map(int, size)) if np.ndim(size) else SampleSize(int(size))
+        return Waiting(number, 0, -1, size, None if self.stream.by_index else sample)
 
     def _fill(self) -> None:
         while len(self._buffer) < self.stream.buffer_size and not self._ended:
             found = self._next()
             if found is not None:
-                self._buffer += self._fitting(found)
+                fitting = self._fitting(found)
+                self._buffer += fitting
+                self._fitted += len(fitting)
                 continue
-            if not self.stream.repeat or not self._read:
+            # without one that fits it would go on for ever
+            if not self.stream.repeat or not self._fitted:
                 self._ended = True
                 continue
-            self.epoch, self._read = self.epoch + 1, 0
+            self.epoch, self._read, self._fitted = self.epoch + 1, 0, 0
             self._open()
 
     def _fitting(self, found: Waiting) -> list[Waiting]:
@@ -260,24 +275,28 @@ class RowIterator(Iterator):
     def state_dict(self) -> dict:
         """Everything that is read and not out yet: numbers, and the samples where the source cannot give them again."""
         stream = self.stream
-        resumable = not stream.by_index and hasattr(stream.source, "state_dict")
         waiting = [[*self._buffer], *self._ready]
         plain = [[(one.number, one.start, one.stop, tuple(one.size)) for one in row] for row in waiting]
         state = {
-            "epoch": self.epoch, "read": self._read, "ended": self._ended, "skipped": self.skipped, "packings": self.packings, "waiting": plain,
-            "shard": [self.shard, self.shards],
+            "epoch": self.epoch, "read": self._read, "fitted": self._fitted, "ended": self._ended, "skipped": self.skipped, "packings": self.packings,
+            "waiting": plain, "shard": [self.shard, self.shards], "order": self._order_of_source(),
         }  # fmt: skip
-        if resumable:
+        if stream.resumable:
             # as bytes: whoever compares two states should not compare tensors
             state["samples"] = pickle.dumps([[one.sample for one in row] for row in waiting])
             state["source"] = stream.source.state_dict()
         return state
 
+    def _order_of_source(self) -> list:
+        """What the numbers of samples by index go by: how many there are, and the seed that shuffles them."""
+        stream = self.stream
+        return [len(stream.source) if stream.by_index else None, stream.seed if stream.shuffle else None]
+
     def load_state_dict(self, state: dict) -> None:
         """Go on where the state was saved.
 
         Raises:
-            ValueError: a state of another rank, or of another number of ranks or workers.
+            ValueError: a state of another rank, of another number of ranks or workers, or of a source in another order.
         """
         if list(state["shard"]) != [self.shard, self.shards]:
             shard, shards = state["shard"]
@@ -285,12 +304,18 @@ class RowIterator(Iterator):
                 f"load_state_dict: the state is of part {shard} of {shards} of the source, this is part {self.shard} of {self.shards}; "
                 "resume with as many ranks and workers as there were"
             )
+        if list(state["order"]) != self._order_of_source():
+            raise ValueError(
+                "load_state_dict: the state is of a source of {} samples, shuffled with seed {}, this one has {} and {}; resume with the source and seed "
+                "that it was saved with".format(*state["order"], *self._order_of_source())
+            )
         stream = self.stream
-        self.epoch, self._read, self._ended = state["epoch"], state["read"], state["ended"]
+        self.epoch, self._read, self._fitted, self._ended = state["epoch"], state["read"], state["fitted"], state["ended"]
         self.skipped, self.packings = state["skipped"], state["packings"]
         waiting = [[Waiting(number, start, stop, SampleSize(*size), None) for number, start, stop, size in row] for row in state["waiting"]]
         if "source" in state:
             stream.source.load_state_dict(state["source"])
+            stream.moved = True
             self._samples = iter(stream.source)
             samples = pickle.loads(state["samples"])
             waiting = [[one._replace(sample=sample) for one, sample in zip(row, own)] for row, own in zip(waiting, samples)]
