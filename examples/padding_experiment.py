@@ -31,7 +31,7 @@ from .small_vlm import POSITIONS, SmallVLM
 
 RESULTS = Path(__file__).parent.parent / "out" / "padding_experiment"
 SAMPLES = 64  # a step
-CHECKS = 4  # times that accuracy is looked at on the way
+CHECKS = 2  # times that accuracy is looked at
 
 
 def logits_of(model: SmallVLM, batch: Batch) -> torch.Tensor:
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=280)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--held-out", type=int, default=1024, help="samples of the test")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     asked = parser.parse_args(arguments)
