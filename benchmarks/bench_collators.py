@@ -143,7 +143,16 @@ def table(results: list[dict]) -> list[str]:
     for result in results:
         cells = [f"{found['ms']:.2f} | {100 * found['overhead']:+.2f} %" for found in result["collators"].values()]
         lines.append(f"| {result['samples']} | {result['tokens']} | {result['pixel_megabytes']:.0f} | {result['step_ms']:.0f} | {' | '.join(cells)} |")
+    sums = [sum(result[name] for result in results) for name in ("tokens", "pixel_megabytes", "step_ms")]
+    lines.append(f"| all | {sums[0]} | {sums[1]:.0f} | {sums[2]:.0f} | {' | '.join(together(results, name) for name in names)} |")
     return lines
+
+
+def together(results: list[dict], name: str) -> str:
+    """Over all rows: milliseconds, and what it takes beyond pad and stack as a share of all steps."""
+    steps = sum(result["step_ms"] for result in results)
+    more = sum(result["collators"][name]["overhead"] * result["step_ms"] for result in results)
+    return f"{sum(result['collators'][name]['ms'] for result in results):.2f} | {100 * more / steps:+.2f} %"
 
 
 def main() -> None:
