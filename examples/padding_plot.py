@@ -31,7 +31,7 @@ def draw_results(path: Path, lines: list[dict]) -> None:
         axis.set_yticks(places, list(SCHEMES.values()) if axis is axes[0] else [""] * len(SCHEMES), fontsize=8)
         axis.invert_yaxis()
         axis.set_xlim(0, 100)
-    axes[0].legend(fontsize=7, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="upper left", frameon=False)
     own = [line for line in lines if line["positions"] == POSITIONS[0]]
     bars = axes[2].barh(places, [line["tokens_per_second"] / 1000 for line in own], color="#8a8a8a")
     axes[2].bar_label(bars, [f" {100 * line['useful']:.0f} % useful" for line in own], fontsize=7)
