@@ -117,6 +117,15 @@ def poisoned_allocations(request):
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that they only wait for their threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def no_flag_left_behind():
     """An error flagged asynchronously in one test must not reach the next."""

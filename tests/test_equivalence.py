@@ -26,19 +26,12 @@ from small_decoder import AXES, RAW, SCHEMES, D, by_bool, by_loops, decoder, ren
 from vlm_fuse import Attend
 from vlm_fuse import scaled_dot_product as paths
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGE, PAD, IGNORE = 40, 0, -100
 
 #: what may differ in float64, and what must at least differ where isolation is off.
 EQUAL, UNEQUAL = 1e-10, 1e-3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A decoder this small only waits for its threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- samples and masks --------------------------------------------------------------------------------------------------

@@ -14,13 +14,7 @@ from examples.digit_questions import LONGEST, NUMBERS, ROWS, VOCABULARY, draw, l
 from examples.padding_schemes import CAPACITY, SCHEMES, batch_of  # noqa: E402
 from examples.small_vlm import POSITIONS, SmallVLM  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ import vlm_fuse
 from checking import placed
 from vlm_fuse import Attend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGE, PAD, VOCABULARY, D, HEADS, STEPS = 40, 0, 41, 32, 2, 5
 
 
@@ -145,15 +147,6 @@ def train(step, seed=0, device="cpu"):
         optimizer.step()
         losses.append(loss.item())
     return losses, model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A model this small only waits for its threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
