@@ -521,3 +521,10 @@ def test_cuts_that_nobody_could_make():
     assert SampleFormat(IMAGE, IMAGE).size({"input_ids": [1, 2]}) == packing.SampleSize(2)
     # rows of unknown sizes count as many patches as there are placeholders
     assert SampleFormat(IMAGE).size({"input_ids": [IMAGE] * 5, "pixel_values": pixels(2)}) == (5, 2, 5)
+
+
+def test_ids_from_numpy_are_taken():
+    batch = PackingCollator(image_token_id=np.int64(IMAGE), rows_per_image=np.int64(2), spatial_merge_size=np.int32(2))([{"input_ids": [IMAGE, IMAGE, 5], "pixel_values": pixels(1)}])
+    assert batch["plan"].feature_starts == (0, 2)
+    with pytest.raises(TypeError):
+        PackingCollator(image_token_id="<image>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,13 @@ class SampleFormat:
     frames_apart: bool = False
     shifted_labels: bool = False
     marks: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        # numpy's integers are what tokenizers and configs give at times
+        for name in ("image_token_id", "video_token_id", "spatial_merge_size"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, index(value))
 
     def read(self, sample: Mapping, named: str = "the sample") -> Read:
         """The sample in one form, its placeholders and images compared.
