@@ -15,7 +15,7 @@ from ..positions import mrope_position_ids
 from ..token_plan import SIDES, TokenPlan
 from . import labels as of_labels
 from .batches import CollatedBatch
-from .samples import IMAGE, VIDEO, Read, SampleFormat
+from .samples import Read, SampleFormat
 from .vision import join
 
 
@@ -106,14 +106,8 @@ class _Collator:
 
     def _types(self, input_ids: Tensor, by_token: dict[str, Tensor]) -> Tensor:
         """``(G, W)``: 0 text, 1 image, 2 video, as the processor says, else by the ids."""
-        if "mm_token_type_ids" in by_token:
-            return by_token["mm_token_type_ids"]
-        form = self.sample_format
-        types = torch.zeros_like(input_ids)
-        for kind, token in ((IMAGE, form.image_token_id), (VIDEO, form.video_token_id)):
-            if token is not None:
-                types.masked_fill_(input_ids == token, kind)
-        return types
+        types = by_token.get("mm_token_type_ids")
+        return self.sample_format.kinds_by_id(input_ids) if types is None else types
 
     def _mrope(self, types: Tensor, batch: dict, reads: list[Read], **rows) -> tuple[Tensor, Tensor]:
         try:

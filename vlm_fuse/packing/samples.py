@@ -152,10 +152,14 @@ class SampleFormat:
         types = read.by_token.get("mm_token_type_ids")
         if types is not None and self.image_token_id == self.video_token_id:
             return types.masked_fill(read.input_ids != self.image_token_id, 0)
-        kinds = torch.zeros_like(read.input_ids)
+        return self.kinds_by_id(read.input_ids)
+
+    def kinds_by_id(self, input_ids: Tensor) -> Tensor:
+        """The same of any ids, where each kind has an id of its own."""
+        kinds = torch.zeros_like(input_ids)
         for kind, token in ((IMAGE, self.image_token_id), (VIDEO, self.video_token_id)):
             if token is not None:
-                kinds.masked_fill_(read.input_ids == token, kind)
+                kinds.masked_fill_(input_ids == token, kind)
         return kinds
 
     def runs_of_videos(self, read: Read) -> list[int] | None:
