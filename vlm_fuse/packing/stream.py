@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class PackedStream(IterableDataset):
         transform: applied to the samples of a row that goes out, such as a processor that decodes images.
         buffer_size: samples.
         max_images, max_patches, max_documents, multiple_of: budgets of a row, as of `pack_lengths`.
-        overlong: "error", "skip" (`skipped` of the iterator counts them), or "split" (needs a SampleFormat).
+        overlong: "error", "skip" (the first is told by a warning, `skipped` of the iterator counts them), or "split" (needs a SampleFormat).
         seed: of the order of the rows, and of the source where `shuffle` is set.
         shuffle: read a source by index in random order, another in each epoch.
         repeat: begin anew when the source ends, so that every rank has rows as long as it asks; else ranks may end at different
@@ -211,10 +212,12 @@ class RowIterator(Iterator):
             return []
         if self._fits(found.size):
             return [found]
+        named = f"sample {found.number} of the source"
         if stream.overlong == "skip":
+            if not self.skipped:
+                warnings.warn(f"PackedStream: {named} fits into no row and is left out, the first; `skipped` of the iterator counts them", stacklevel=2)
             self.skipped += 1
             return []
-        named = f"sample {found.number} of the source"
         if stream.overlong == "error":
             self._refuse(found.size, named)
         form, pieces = stream.sample_format, []
