@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .processor_outputs import BATCHED, LOSS_MASKS, TOKEN_KEYS, VIDEO, batched_images, grid_of
+
 if TYPE_CHECKING:
     from .samples import SampleFormat
-
-from .samples import BATCHED, LOSS_MASKS, TOKEN_KEYS, VIDEO, batched_images, grid_of
 
 
 def cut(form: SampleFormat, sample: Mapping, start: int, stop: int, named: str) -> dict:

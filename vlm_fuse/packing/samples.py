@@ -12,27 +12,13 @@ import torch
 from torch import Tensor
 
 from ..batch import IGNORE_INDEX
+from .cutting import cut
+from .labels import shifted_rows
+from .processor_outputs import IMAGE, LOSS_MASKS, TOKEN_KEYS, VIDEO, grid_of, has, is_pictures, of_tower, tiles_of_images, writable
 from .splitting import image_spans
-
-#: tokens that the loss counts, under the names that processors and trainers give them: nanoVLM, transformers' chat templates, TRL.
-LOSS_MASKS = ("loss_mask", "assistant_masks", "completion_mask")
-
-#: one number a token, beside input_ids: joined like them. (cross_attention_mask and the like are not.)
-TOKEN_KEYS = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
-
-#: stand in the names of what the vision (or audio) tower takes.
-VISION = (
-    "pixel", "image", "video", "patch", "tile", "crop", "second_per_grid", "aspect_ratio", "spatial_shapes", "target_sizes", "audio", "input_features",
-    "feature_attention_mask",
-)  # fmt: skip
-
-#: have a batch around the images, where `batched_images` says so.
-BATCHED = ("pixel_values", "pixel_attention_mask")
 
 #: made anew for the batch.
 _REPLACED = ("position_ids", "rope_deltas", "cu_seqlens", "attention_mask", "input_ids", "labels", *LOSS_MASKS)
-
-IMAGE, VIDEO = 1, 2
 
 
 class SampleSize(NamedTuple):
@@ -115,7 +101,7 @@ class SampleFormat:
             kept = _by_token(named, "attention_mask", sample["attention_mask"], length) != 0
             if not bool(kept.all()):
                 input_ids, labels, by_token = self._without_padding(named, kept, input_ids, labels, by_token)
-        vision = {name: value for name, value in sample.items() if _of_tower(str(name), value)}
+        vision = {name: value for name, value in sample.items() if of_tower(str(name), value)}
         rest = {name: value for name, value in sample.items() if name not in vision and name not in by_token and name not in _REPLACED and value is not None}
         images, videos = self._sizes(sample)
         self._check(named, input_ids, by_token.get("mm_token_type_ids"), images, videos, vision)
@@ -129,7 +115,7 @@ class SampleFormat:
         read = self.read(sample, named)
         images = len(tiles_of_images(read.vision) if read.image_sizes is None else read.image_sizes)
         videos = len(read.vision.get("pixel_values_videos", ()) if read.video_sizes is None else read.video_sizes)
-        grids = [grid_of(sample[name]).prod(axis=1).sum() for name in ("image_grid_thw", "video_grid_thw") if _has(sample, name)]
+        grids = [grid_of(sample[name]).prod(axis=1).sum() for name in ("image_grid_thw", "video_grid_thw") if has(sample, name)]
         return SampleSize(len(read.input_ids), images + videos, int(sum(grids)) or int((self.kinds_of(read) > 0).sum()))
 
     def spans(self, sample: Mapping, named: str = "the sample") -> list[tuple[int, int]]:
@@ -183,8 +169,6 @@ class SampleFormat:
             >>> piece["input_ids"].tolist(), piece["pixel_values"].flatten().tolist()
             ([9, 9, 6], [1])
         """
-        from .cutting import cut  # of no use to those who never cut
-
         return cut(self, sample, start, stop, named)
 
     # --- parts of read
@@ -196,7 +180,7 @@ class SampleFormat:
             if sample.get(name) is not None:
                 counted = _by_token(named, name, sample[name], len(input_ids)) != 0
                 labels = input_ids.masked_fill(~counted, IGNORE_INDEX)
-                return shifted(labels) if self.shifted_labels else labels
+                return shifted_rows(labels[None], IGNORE_INDEX)[0] if self.shifted_labels else labels
         return None
 
     def _without_padding(self, named: str, kept: Tensor, input_ids: Tensor, labels: Tensor | None, by_token: dict):
@@ -216,14 +200,14 @@ class SampleFormat:
             images = [int(rows) for rows in self.rows_per_image(sample)]
         elif images is None and self.rows_per_image is not None:
             images = [self.rows_per_image * count for count in tiles_of_images(sample)]
-        if images is None and not any(_has(sample, name) for name in sample if is_pictures(str(name))):
+        if images is None and not any(has(sample, name) for name in sample if is_pictures(str(name))):
             images = []
-        if videos is None and not any(_has(sample, name) for name in ("pixel_values_videos", "video_embeds")):
+        if videos is None and not any(has(sample, name) for name in ("pixel_values_videos", "video_embeds")):
             videos = []
         return images, videos
 
     def _grid_rows(self, sample: Mapping, name: str) -> list[int] | None:
-        if not _has(sample, name):
+        if not has(sample, name):
             return None
         return (grid_of(sample[name]).prod(axis=1) // self.spatial_merge_size**2).tolist()
 
@@ -255,11 +239,6 @@ class SampleFormat:
                 )
 
 
-def shifted(labels: Tensor) -> Tensor:
-    """``(T,)`` labels of tokens as labels of the tokens before them; the last has none."""
-    return torch.cat([labels[1:], labels.new_full((min(1, len(labels)),), IGNORE_INDEX)])
-
-
 def _by_token(named: str, name: str, value, length: int | None) -> Tensor:
     """``(T,)`` int64 of one sample, from a list, an array or a tensor, with or without a batch of one around it."""
     try:
@@ -277,63 +256,6 @@ def _by_token(named: str, name: str, value, length: int | None) -> Tensor:
     if length is not None and len(found) != length:
         raise ValueError(f"{named}: {name} has {len(found)} entries, input_ids {length}; they go together token by token")
     return found.to(torch.int64)
-
-
-def writable(array: np.ndarray) -> Tensor:
-    """The array as a tensor; copied where it is read-only (memory-mapped, or a table's), of which torch would warn."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _has(sample: Mapping, name: str) -> bool:
-    value = sample.get(name)
-    return value is not None and len(value) > 0
-
-
-def _of_tower(name: str, value) -> bool:
-    """Arrays and lists under a name of `VISION`; an id or a path is none."""
-    return any(part in name for part in VISION) and (isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0)
-
-
-def is_pictures(name: str) -> bool:
-    """Whether images come under this name: pixels of whatever sort, nanoVLM's list, or rows that a tower made of them."""
-    return ("pixel" in name and "video" not in name) or name in ("images", "image_embeds", "image_features")
-
-
-def grid_of(value) -> np.ndarray:
-    """``(images, 3)`` int64: frames, rows and columns of patches."""
-    return np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=np.int64).reshape(-1, 3)
-
-
-def tiles(image) -> int:
-    """Images that an entry of a list is: a list or a (tiles, C, H, W) tensor holds several."""
-    if isinstance(image, (list, tuple)):
-        return sum(tiles(part) for part in image)
-    return len(image) if getattr(image, "ndim", 0) == 4 else 1
-
-
-def tiles_of_images(sample: Mapping) -> list[int]:
-    """Tiles of each image of a sample, as far as the shapes tell: an entry of a list is one image."""
-    name = "images" if _has(sample, "images") else "pixel_values"
-    if not _has(sample, name):
-        return []
-    values = sample[name]
-    if name == "pixel_values" and batched_images(sample):
-        return [1] * len(values[0])
-    return [tiles(image) for image in values] if isinstance(values, (list, tuple)) else [1] * len(values)
-
-
-def batched_images(vision: Mapping) -> bool:
-    """Whether pixel_values is (1, images, C, H, W), with a batch around the images (Idefics, SmolVLM), and not (images, tiles, C, H, W) of
-    LLaVA, where the sizes of the images come beside."""
-    values = vision.get("pixel_values")
-    return _dims(values) == 5 and len(values) == 1 and "image_sizes" not in vision
-
-
-def _dims(value) -> int:
-    """Of a tensor or an array, also as lists of them."""
-    if isinstance(value, (list, tuple)):
-        return 1 + _dims(value[0]) if value else 1
-    return getattr(value, "ndim", 0)
 
 
 def _in_reading_order(kinds: np.ndarray, sizes: dict[int, list[int]]) -> list[int]:

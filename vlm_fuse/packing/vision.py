@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .samples import BATCHED, batched_images, is_pictures, writable
+from .processor_outputs import BATCHED, batched_images, is_pictures, writable
 
 
 def join(parts: Sequence[dict]) -> dict:
