@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -62,3 +63,17 @@ def _question(rng: np.random.Generator, digit: int) -> tuple[list[str], str]:
         return ["is", "the", "digit", "even"], "yes" if digit % 2 == 0 else "no"
     bound = int(rng.integers(1, 9))
     return ["is", "the", "digit", "larger", "than", NUMBERS[bound]], "yes" if digit > bound else "no"
+
+
+def guessing(learnt: list[Sample], asked: list[Sample]) -> float:
+    """Share of right answers of one who sees no image and gives each question the answer that it mostly had: what has to be beaten."""
+    seen: dict[tuple[int, ...], Counter] = defaultdict(Counter)
+    for sample in learnt:
+        seen[_bare(sample)][sample.text[-1]] += 1
+    mostly = {question: answers.most_common(1)[0][0] for question, answers in seen.items()}
+    return sum(mostly.get(_bare(sample)) == sample.text[-1] for sample in asked) / len(asked)
+
+
+def _bare(sample: Sample) -> tuple[int, ...]:
+    """The question without its filler, none of whose words is "is"."""
+    return sample.text[sample.text.index(IDS["is"]) : -1]

@@ -2,10 +2,12 @@
 
     python -m examples.padding_experiment            3 seeds, under 5 minutes on 2 cores
     python -m examples.padding_experiment --quick    one seed, a few steps: to see that it runs
+    python -m examples.padding_experiment --steps 1200 --schemes left packed not_isolated    does it pass with more training?
 
 The same samples in the same order, as many a step, for each scheme (`padding_schemes.py`). Accuracy is that of the answer's token
 on held-out digits, with prompts formatted as in training, and with prompts alone and without any padding, which is what a user sends
-later. Useful is the share of rows that are tokens.
+later. Useful is the share of rows that are tokens. A run is one process with one thread, and as many run at a time as there are cores: the
+same seed gives the same numbers whatever else runs. Speed is measured before that, with torch's own number of threads.
 """
 
 from __future__ import annotations
@@ -13,25 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import random
 import statistics
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from .digit_questions import draw
+from benchmarks import timing
+
+from .digit_questions import draw, guessing
 from .padding_schemes import CAPACITY, SCHEMES, Batch, batch_of
 from .small_vlm import POSITIONS, SmallVLM
 
 RESULTS = Path(__file__).parent.parent / "out" / "padding_experiment"
 SAMPLES = 64  # a step
-CHECKS = 2  # times that accuracy is looked at
+CHECKS = 2  # times that accuracy is looked at: half-way and at the end
+MEASURED = ("halfway", "as_trained", "alone", "loss", "guessing")  # of each run, summed up over the seeds
+BASE = "placeholders"  # what speeds are compared with
 
 
 def logits_of(model: SmallVLM, batch: Batch) -> torch.Tensor:
@@ -78,58 +83,76 @@ def train(scheme: str, positions: str, seed: int, steps: int, held_out: int) -> 
             curve.append(dict(step=number + 1, as_trained=accuracy(model, scheme, test), alone=accuracy(model, "packed", test)))
     return dict(
         scheme=scheme, positions=positions, seed=seed, loss=statistics.mean(losses[-max(1, steps // 10) :]), as_trained=curve[-1]["as_trained"],
-        alone=curve[-1]["alone"], curve=curve, useful=useful / rows,
+        alone=curve[-1]["alone"], halfway=curve[0]["as_trained"], guessing=guessing(samples, test), curve=curve, useful=useful / rows,
     )  # fmt: skip
 
 
-def speeds(rounds: int) -> dict[str, list[float]]:
-    """Useful tokens a second of training steps, scheme after scheme within each round, in shuffled order."""
+def speeds(schemes: list[str], rounds: int) -> list[dict]:
+    """Useful tokens a second in training steps; every scheme with each kind of positions once a round, ratios within the round."""
     samples = draw(SAMPLES, 0)
-    models = {scheme: SmallVLM("rope", CAPACITY) for scheme in SCHEMES}
-    optimizers = {scheme: torch.optim.AdamW(model.parameters()) for scheme, model in models.items()}
-    found: dict[str, list[float]] = {scheme: [] for scheme in SCHEMES}
-    order, shuffle = list(SCHEMES), random.Random(0).shuffle
-    for number in range(rounds + 2):
-        shuffle(order)
-        for scheme in order:
-            began = time.perf_counter()
-            _, batch = step(models[scheme], optimizers[scheme], scheme, samples)
-            if number >= 2:  # after the warm-up
-                found[scheme].append(batch.useful / (time.perf_counter() - began))
-    return found
-
-
-def summary(runs: list[dict], speed: dict[str, list[float]]) -> list[dict]:
-    """A line for each scheme and kind of positions: means and extremes over the seeds."""
+    useful = sum(sample.tokens for sample in samples)
     lines = []
+    contestants = []
     for positions in POSITIONS:
-        for scheme in SCHEMES:
-            own = [run for run in runs if run["scheme"] == scheme and run["positions"] == positions]
-            line = dict(scheme=scheme, positions=positions, seeds=len(own), useful=own[0]["useful"], tokens_per_second=statistics.median(speed[scheme]))
-            for name in ("as_trained", "alone", "loss"):
-                values = [run[name] for run in own]
-                line[name] = [statistics.mean(values), min(values), max(values)]
-            lines.append(line)
+        for scheme in dict.fromkeys([*schemes, BASE]):
+            model = SmallVLM(positions, CAPACITY)
+            optimizer = torch.optim.AdamW(model.parameters())
+            run = lambda model=model, optimizer=optimizer, scheme=scheme: step(model, optimizer, scheme, samples)
+            contestants.append(timing.Contestant(f"{positions} {scheme}", run))
+    times = timing.interleave(contestants, budget=0, least=rounds)
+    for positions in POSITIONS:
+        for scheme in schemes:
+            name, base = f"{positions} {scheme}", f"{positions} {BASE}"
+            # twice the time is half the speed
+            ratios = [1 / ratio for ratio in times.ratios(name, base)]
+            found = dict(tokens_per_second=useful / times.median(name), ratio=[timing.quantile(ratios, q) for q in (0.5, 0.2, 0.8)])
+            lines.append(dict(scheme=scheme, positions=positions, **found, seconds=times.times[name]))
     return lines
+
+
+def summary(runs: list[dict], speed: list[dict]) -> list[dict]:
+    """A line for each scheme and kind of positions: mean, lowest and highest seed; of speed the median, 20th and 80th percentile."""
+    lines = []
+    for timed in speed:
+        own = [run for run in runs if all(run[name] == timed[name] for name in ("scheme", "positions"))]
+        line = {name: value for name, value in timed.items() if name != "seconds"}
+        line.update(seeds=len(own), useful=statistics.mean(run["useful"] for run in own))
+        for name in MEASURED:
+            values = [run[name] for run in own]
+            line[name] = [statistics.mean(values), min(values), max(values)]
+        lines.append(line)
+    return lines
+
+
+def spread(found: list[float], percent: bool = False) -> str:
+    """"mean (lowest to highest)"."""
+    mean, low, high = (f"{100 * value:.1f}" if percent else f"{value:.3f}" for value in found)
+    return f"{mean} ({low} to {high})"
 
 
 def table(lines: list[dict]) -> str:
     """Markdown."""
-    shown = ["| positions | scheme | accuracy, % as trained | % alone, no padding | loss at the end | useful rows | tokens/s |", "|" + " --- |" * 7]
+    heads = ["positions", "scheme", "accuracy, % as trained", "% alone, no padding", "% as trained, half-way", "loss at the end", "useful rows", "tokens/s", "times c"]
+    shown = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for line in lines:
-        cells = [f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})" for mean, low, high in (line["as_trained"], line["alone"])]
-        mean, low, high = line["loss"]
-        shown.append(
-            f"| {line['positions']} | {SCHEMES[line['scheme']]} | {' | '.join(cells)} | {mean:.3f} ({low:.3f} to {high:.3f}) "
-            f"| {100 * line['useful']:.0f} % | {line['tokens_per_second']:,.0f} |"
-        )
-    return "\n".join(shown)
+        cells = [line["positions"], SCHEMES[line["scheme"]], *(spread(line[name], True) for name in ("as_trained", "alone", "halfway")), spread(line["loss"])]
+        cells += [f"{100 * line['useful']:.0f} %", f"{line['tokens_per_second']:,.0f}", "{:.2f} ({:.2f} to {:.2f})".format(*line["ratio"])]
+        shown.append(f"| {' | '.join(cells)} |")
+    guessed = f"Whoever reads the questions and sees no image is right in {spread(lines[0]['guessing'], True)} % of them."
+    return "\n".join([*shown, "", guessed])
 
 
 def environment() -> dict:
     """Where and of what it was made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
-    return dict(commit=commit or None, date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), cores=os.cpu_count(), machine=platform.machine(), python=platform.python_version(), torch=torch.__version__)  # fmt: skip
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+
+    facts = {name: value for name, value in timing.environment().items() if name in ("cpu", "cores", "threads", "python", "torch", "date", "load")}
+    packages = {name: version(name) for name in ("numpy", "scikit-learn")}
+    changed = git("status", "--porcelain", ".", "../vlm_fuse", "../csrc").split("\n")
+    # a commit says nothing of what was changed since
+    return dict(facts, **packages, commit=git("rev-parse", "HEAD") or None, changed_since=", ".join(line[2:].strip() for line in changed if line) or None)
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -138,25 +161,26 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--held-out", type=int, default=1024, help="samples of the test")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="all, if none is named")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     asked = parser.parse_args(arguments)
     if asked.quick:
         asked.seeds, asked.steps, asked.held_out = 1, 8, 64
-    began = time.perf_counter()
-    speed = speeds(2 if asked.quick else 15)
-    tasks = [(scheme, positions, seed) for seed in range(asked.seeds) for positions in POSITIONS for scheme in SCHEMES]
+    facts, began = environment(), time.perf_counter()
+    speed = speeds(asked.schemes, 2 if asked.quick else 15)
+    tasks = [(scheme, positions, seed) for seed in range(asked.seeds) for positions in POSITIONS for scheme in asked.schemes]
     if asked.quick:
         runs = [train(*task, asked.steps, asked.held_out) for task in tasks]
     else:
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             runs = list(pool.map(train, *zip(*tasks), [asked.steps] * len(tasks), [asked.held_out] * len(tasks)))
     lines = summary(runs, speed)
-    settings = dict(seeds=asked.seeds, steps=asked.steps, samples_a_step=SAMPLES, held_out=asked.held_out, row=CAPACITY, seconds=time.perf_counter() - began)
+    settings = dict(seeds=asked.seeds, steps=asked.steps, samples_a_step=SAMPLES, held_out=asked.held_out, row=CAPACITY, seconds=round(time.perf_counter() - began, 1))
     asked.out.mkdir(parents=True, exist_ok=True)
-    content = dict(environment=environment(), settings=settings, summary=lines, runs=runs, tokens_per_second=speed)
+    content = dict(environment=facts, settings=settings, summary=lines, runs=runs, speed=speed)
     (asked.out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    text = "\n".join(["# Where the padding goes", "", *(f"{name}: {value}  " for name, value in {**environment(), **settings}.items()), "", table(lines)])
-    (asked.out / "results.md").write_text(text + "\n")
+    text = ["# Where the padding goes", "", *(f"{name}: {value}  " for name, value in {**facts, **settings}.items()), "", table(lines)]
+    (asked.out / "results.md").write_text("\n".join(text) + "\n")
     from .padding_plot import draw_results
 
     draw_results(asked.out / "results.png", lines)

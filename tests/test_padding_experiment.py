@@ -10,7 +10,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from examples import padding_experiment  # noqa: E402
-from examples.digit_questions import LONGEST, NUMBERS, ROWS, VOCABULARY, draw, load_digits  # noqa: E402
+from examples.digit_questions import LONGEST, NUMBERS, ROWS, VOCABULARY, draw, guessing, load_digits  # noqa: E402
 from examples.padding_schemes import CAPACITY, SCHEMES, batch_of  # noqa: E402
 from examples.small_vlm import POSITIONS, SmallVLM  # noqa: E402
 
@@ -66,6 +66,22 @@ def test_a_batch_holds_every_sample_once_and_in_order(scheme, samples, model):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_positions_run_on_where_they_say_so(scheme, samples, model):
+    """Over padding in the legacy scheme, over neighbours without isolation; else every sample counts from 0."""
+    batch = batch_of(scheme, model, doubled(samples))
+    places = torch.arange(batch.kinds.shape[1]).expand_as(batch.kinds)
+    real = batch.kinds >= 0
+    if scheme in ("left", "left_seen", "not_isolated"):
+        assert torch.equal(batch.position_ids[real], places[real])
+    else:
+        for number in range(len(samples)):
+            own = batch.position_ids[batch.samples == number]
+            assert own.tolist() == list(range(len(own)))
+    # the table of learned positions is as long as the longest row, or scheme e would read past it
+    assert int(batch.position_ids.max()) < CAPACITY
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_padding_stands_between_image_and_text_in_the_legacy_scheme_alone(scheme, samples, model):
     batch = batch_of(scheme, model, doubled(samples))
     between = 0
@@ -103,14 +119,46 @@ def packed_order(samples):
     return (number for row in pack_lengths([sample.tokens for sample in samples], CAPACITY) for number in row)
 
 
+def test_guessing_goes_by_the_words_of_the_question_alone():
+    """A question's usual answer, whatever the filler; one that was never seen is not guessed."""
+    learnt = draw(4000, 1)
+    assert guessing(learnt, draw(1000, 2, held_out=True)) == guessing(learnt, [sample._replace(image=None) for sample in draw(1000, 2, held_out=True)])
+    assert 0.3 < guessing(learnt, draw(1000, 2, held_out=True)) < 0.55
+    digits = [sample for sample in learnt if VOCABULARY[sample.text[-1]] in NUMBERS]
+    others = [sample for sample in learnt if VOCABULARY[sample.text[-1]] not in NUMBERS]
+    assert guessing(digits, others) == 0 and guessing(digits[:1], digits[:1]) == 1
+
+
+def test_what_is_summed_up_is_what_the_seeds_gave():
+    runs = [
+        dict(scheme="left", positions=positions, seed=seed, useful=0.5, **{name: seed / 4 for name in padding_experiment.MEASURED})
+        for seed in (3, 1, 2) for positions in POSITIONS
+    ]  # fmt: skip
+    speed = [dict(scheme="left", positions=positions, tokens_per_second=1000.0, ratio=[0.9, 0.8, 1.0], seconds=[1.0]) for positions in POSITIONS]
+    lines = padding_experiment.summary(runs, speed)
+    assert [line["positions"] for line in lines] == list(POSITIONS)
+    assert all(line["seeds"] == 3 and line[name] == [0.5, 0.25, 0.75] for line in lines for name in padding_experiment.MEASURED)
+    assert "| 50.0 (25.0 to 75.0) | 50.0 (25.0 to 75.0) | 50.0 (25.0 to 75.0) | 0.500 (0.250 to 0.750) | 50 % | 1,000 | 0.90 (0.80 to 1.00) |" in padding_experiment.table(lines)
+
+
 def test_the_files_hold_what_was_measured(tmp_path, capsys):
     padding_experiment.main(["--quick", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found["runs"]) == len(SCHEMES) * len(POSITIONS) == len(found["summary"])
-    for line in found["summary"]:
-        own = [run for run in found["runs"] if run["scheme"] == line["scheme"] and run["positions"] == line["positions"]]
-        assert line["alone"] == [statistics.mean([run["alone"] for run in own]), min(run["alone"] for run in own), max(run["alone"] for run in own)]
-        assert f"{100 * line['alone'][0]:.1f} (" in (tmp_path / "results.md").read_text()
+    written = (tmp_path / "results.md").read_text()
+    assert len(found["runs"]) == len(SCHEMES) * len(POSITIONS) == len(found["summary"]) == len(found["speed"])
+    rows = [line for line in written.splitlines() if line.startswith(tuple(f"| {positions} |" for positions in POSITIONS))]
+    for line, timed, row in zip(found["summary"], found["speed"], rows, strict=True):
+        (run,) = [run for run in found["runs"] if run["scheme"] == line["scheme"] and run["positions"] == line["positions"]]
+        assert all(line[name] == [run[name]] * 3 for name in padding_experiment.MEASURED)
+        cells = row.strip("| ").split(" | ")
+        assert cells[:2] == [line["positions"], SCHEMES[line["scheme"]]]
+        shown = [float(cell.split(" (")[0]) for cell in cells[2:6]]
+        assert shown == pytest.approx([100 * run["as_trained"], 100 * run["alone"], 100 * run["halfway"], run["loss"]], abs=0.051)
+        # the speed of each line is its own, and that of what it is compared with is 1
+        assert cells[7] == f"{timed['tokens_per_second']:,.0f}" and (line["ratio"] == [1, 1, 1]) == (line["scheme"] == padding_experiment.BASE)
+    tokens = sum(sample.tokens for sample in draw(padding_experiment.SAMPLES, 0))
+    assert all(timed["tokens_per_second"] == pytest.approx(tokens / statistics.median(timed["seconds"])) for timed in found["speed"])
+    assert f"commit: {found['environment']['commit']}" in written
     useful = {line["scheme"]: line["useful"] for line in found["summary"]}
     assert useful["packed"] == useful["not_isolated"] > useful["right"] == useful["placeholders"] > useful["left"]
     assert (tmp_path / "results.png").stat().st_size > 10_000
