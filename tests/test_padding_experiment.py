@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,9 +61,14 @@ def test_a_batch_holds_every_sample_once_and_in_order(scheme, samples, model):
     assert sorted(owner.tolist()) == list(range(len(samples)))
     # packed rows have the samples in another order, and the answers with them
     assert sorted(batch.answers.tolist()) == sorted(sample.text[-1] for sample in samples)
+    asked = torch.zeros(batch.kinds.numel(), dtype=torch.bool)
+    asked[batch.asks] = True
     for number in range(len(samples)):
-        kinds = batch.kinds[batch.samples == number]
+        own = batch.samples == number
+        kinds = batch.kinds[own]
         assert kinds[:ROWS].eq(1).all() and kinds[ROWS:].eq(0).all()
+        # from the row before the answer, the last: from the answer's own row it could be read off
+        assert asked.view_as(own)[own].nonzero().flatten().tolist() == [len(kinds) - 2]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -130,15 +136,20 @@ def test_guessing_goes_by_the_words_of_the_question_alone():
 
 
 def test_what_is_summed_up_is_what_the_seeds_gave():
+    measured = padding_experiment.MEASURED
     runs = [
-        dict(scheme="left", positions=positions, seed=seed, useful=0.5, **{name: seed / 4 for name in padding_experiment.MEASURED})
+        dict(scheme="left", positions=positions, seed=seed, useful=0.5, **{name: (seed + number) / 16 for number, name in enumerate(measured)})
         for seed in (3, 1, 2) for positions in POSITIONS
     ]  # fmt: skip
     speed = [dict(scheme="left", positions=positions, tokens_per_second=1000.0, ratio=[0.9, 0.8, 1.0], seconds=[1.0]) for positions in POSITIONS]
     lines = padding_experiment.summary(runs, speed)
     assert [line["positions"] for line in lines] == list(POSITIONS)
-    assert all(line["seeds"] == 3 and line[name] == [0.5, 0.25, 0.75] for line in lines for name in padding_experiment.MEASURED)
-    assert "| 50.0 (25.0 to 75.0) | 50.0 (25.0 to 75.0) | 50.0 (25.0 to 75.0) | 0.500 (0.250 to 0.750) | 50 % | 1,000 | 0.90 (0.80 to 1.00) |" in padding_experiment.table(lines)
+    for line in lines:
+        assert line["seeds"] == 3
+        assert all(line[name] == [(2 + number) / 16, (1 + number) / 16, (3 + number) / 16] for number, name in enumerate(measured))
+    # halfway, as_trained, alone, loss: 2, 3, 4, 5 sixteenths; the table begins with as_trained
+    shown = "| 18.8 (12.5 to 25.0) | 25.0 (18.8 to 31.2) | 12.5 (6.2 to 18.8) | 0.312 (0.250 to 0.375) | 50 % | 1,000 | 0.90 (0.80 to 1.00) |"
+    assert padding_experiment.table(lines).count(shown) == len(POSITIONS)
 
 
 def test_the_files_hold_what_was_measured(tmp_path, capsys):
@@ -163,6 +174,15 @@ def test_the_files_hold_what_was_measured(tmp_path, capsys):
     assert useful["packed"] == useful["not_isolated"] > useful["right"] == useful["placeholders"] > useful["left"]
     assert (tmp_path / "results.png").stat().st_size > 10_000
     assert SCHEMES["packed"] in capsys.readouterr().out
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    """To the last digit: the table of the page is that of results.md, which is what results.json gives."""
+    root = Path(__file__).parent.parent
+    kept = root / "benchmarks" / "results" / "cpu-2026-11-27" / "padding_experiment"
+    made = padding_experiment.table(json.loads((kept / "results.json").read_text())["summary"])
+    assert made in (kept / "results.md").read_text()
+    assert made.split("\n\n")[0] in (root / "docs" / "padding_experiment.md").read_text()
 
 
 def test_a_run_is_the_same_again():
