@@ -18,7 +18,6 @@ from .token_plan import SIDES, UNUSED, Settings, TokenPlan
 _new = tuple.__new__  # a quarter of the time of _replace
 
 COMBINE = ("replace", "add")
-VALIDATE = ("auto", "sync", "async", "off")
 
 
 class Choices(NamedTuple):
@@ -109,7 +108,7 @@ def _count_rows(batch: Batch, kinds: tuple[forms.Kind, ...], backend: str) -> Ba
 def _check_words(words: tuple[str, ...]) -> Choices:
     scheme, combine, layout, padding_side, unused_features, validate, backend = words
     names = ("scheme", "combine", "layout", "padding_side", "unused_features", "validate")
-    for name, word, allowed in zip(names, words, (SCHEMES, COMBINE, LAYOUTS, SIDES, UNUSED, VALIDATE)):
+    for name, word, allowed in zip(names, words, (SCHEMES, COMBINE, LAYOUTS, SIDES, UNUSED, checks.VALIDATE)):
         checks.choice(name, word, allowed)
     if scheme != "placeholders" and layout == "keep":
         raise ValueError(

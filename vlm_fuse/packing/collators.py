@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..attending import CAUSAL, Attend
 from ..batch import IGNORE_INDEX
 from ..planning import plan
@@ -281,8 +282,7 @@ class PaddingCollator(_Collator):
         loss_weights: bool = False,
         unused_features: str = "error",
     ):
-        if padding_side not in SIDES:
-            raise ValueError(f"padding_side: unknown {padding_side!r}; choose one of {', '.join(SIDES)}")
+        checks.choice("padding_side", padding_side, SIDES)
         form = SampleFormat(image_token_id, video_token_id, rows_per_image, spatial_merge_size, frames_apart, shifted_labels, tuple(marks))
         super().__init__(form, length, pad_token_id, multiple_of, attend, mrope, tokens_per_second, loss_weights, unused_features)
         self.padding_side = padding_side

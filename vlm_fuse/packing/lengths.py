@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .. import checks
 from .best_fit import best_fit
 from .splitting import Piece, split
 
@@ -108,8 +109,7 @@ def pack_lengths(
     data; FFDSum of "Heuristics for Vector Bin Packing" (Panigrahy et al., 2011) for the order with several budgets;
     huggingface/nanoVLM's ``ConstantLengthDataset`` for the budget of images.
     """
-    if overlong not in OVERLONG:
-        raise ValueError(f"overlong: unknown {overlong!r}; choose one of {', '.join(OVERLONG)}")
+    checks.choice("overlong", overlong, OVERLONG)
     capacity, multiple_of = _count("capacity", capacity, 1), _count("multiple_of", multiple_of, 1)
     rows_multiple_of = _count("rows_multiple_of", rows_multiple_of, 1)
     if capacity % multiple_of:

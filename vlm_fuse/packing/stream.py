@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .. import checks
 from .lengths import OVERLONG, pack_lengths
 from .ranks import own_rank
 from .samples import SampleFormat, SampleSize
@@ -100,8 +101,7 @@ class PackedStream(IterableDataset):
         self.resumable = not self.by_index and hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self.beginning = copy.deepcopy(source.state_dict()) if self.resumable else None
         self.moved = False  # another state was loaded into the source
-        if overlong not in OVERLONG:
-            raise ValueError(f"overlong: unknown {overlong!r}; choose one of {', '.join(OVERLONG)}")
+        checks.choice("overlong", overlong, OVERLONG)
         if overlong == "split" and not isinstance(sample_format, SampleFormat):
             raise ValueError("overlong: 'split' needs a SampleFormat, which knows where images stand; split before, or choose 'skip'")
         if buffer_size < 1:
