@@ -17,11 +17,12 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench info native lint format clean
+.PHONY: help demo test test-all bench info native lint format clean
 
 help:
 	@echo "make demo    the main job on real pictures and text: checks, a table, a picture in out/"
-	@echo "make test    all tests"
+	@echo "make test    the tests, without those that take long"
+	@echo "make test-all  all tests, and those of the integrations on older releases of transformers, in environments of their own"
 	@echo "make bench   benchmarks, written to benchmarks/results/"
 	@echo "make info    versions, and every backend with the reason why it is or is not there"
 	@echo "make native  compile csrc/ again in place, only what changed"
@@ -37,6 +38,24 @@ PARALLEL = $$($(PYTHON) -c '$(XDIST)' 2>/dev/null && echo --numprocesses auto --
 
 test: $(READY)
 	@$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
+
+# releases of transformers beside the one of constraints.txt. Their environments have what the tests need, and see vlm_fuse here
+TRANSFORMERS := 5.17 4.57
+OF_TRANSFORMERS = tests/test_transformers_patch.py $(wildcard tests/test_patched_*.py tests/test_packed_*.py tests/test_attend_of_config.py)
+
+test-all: $(READY) $(TRANSFORMERS:%=.venv-transformers-%/.installed)
+	@$(PYTHON) -m pytest $(PARALLEL) --full $(ARGS)
+	@for release in $(TRANSFORMERS); do \
+		echo "transformers $$release"; \
+		PYTHONPATH=$(CURDIR) .venv-transformers-$$release/bin/python -m pytest $(PARALLEL) --full $(OF_TRANSFORMERS) $(ARGS) || exit 1; \
+	done
+
+.venv-transformers-%/.installed: constraints.txt
+	$(BASE_PYTHON) -m venv $(@D)
+	grep -v ^transformers== constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --constraint $(@D)/constraints.txt torch 'transformers==$*.*' \
+		accelerate peft pillow pytest 'pytest-xdist>=3.7' hypothesis numpy
+	@touch $@
 
 info: $(READY)
 	@$(PYTHON) -m vlm_fuse info

@@ -22,7 +22,9 @@ NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 TARGETS = (*NVIDIA, *AMD)
 #: of each process. The one with MAIN also looks at launches and keys, and at the cases that are compiled for one GPU.
 MAIN = "sm_90"
-PARTS = (("sm_80", "gfx942"), (MAIN, "sm_100"))
+PARTS = (("gfx942",), (MAIN,))
+#: with --full
+ALL_PARTS = (("sm_80", "gfx942"), (MAIN, "sm_100"))
 ROW_KERNELS = ("rows_kernel", "gather_kernel", "weight_kernel")
 
 # (name, hidden size, dtype of out or grad, of the text or its gradient, of the features or theirs, what else)
@@ -314,9 +316,11 @@ if __name__ == "__main__":
 
 # --- the tests --------------------------------------------------------------------------------------------------------
 
+every_target = pytest.mark.parametrize("target", [name if (name,) in PARTS else pytest.param(name, marks=pytest.mark.full) for name in TARGETS])
+
 
 @pytest.fixture(scope="module")
-def found():
+def found(request):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as cache:
@@ -327,7 +331,7 @@ def found():
             return subprocess.run([sys.executable, "-W", "ignore", __file__, *targets], capture_output=True, text=True, env=environment)
 
         with ThreadPoolExecutor() as pool:
-            ran = list(pool.map(run, PARTS))
+            ran = list(pool.map(run, ALL_PARTS if request.config.getoption("--full") else PARTS))
     assert all(part.returncode == 0 for part in ran), "".join(part.stderr[-4000:] for part in ran)
     parts = [json.loads(part.stdout) for part in ran]
     return parts[1] | {"kernels": [kernel for part in parts for kernel in part["kernels"]]}
@@ -342,7 +346,7 @@ def kernels(found, target=None, cases=None, names=None):
 
 
 @pytest.mark.parametrize("case", [*(case for case, *_ in ROWS), "weight_gradient"])
-@pytest.mark.parametrize("target", TARGETS)
+@every_target
 def test_rows_are_read_and_written_16_bytes_at_a_time(found, target, case):
     compiled_kernels = kernels(found, target, {case}, ROW_KERNELS)
     assert compiled_kernels
@@ -355,7 +359,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(found, target, case):
 
 
 @pytest.mark.parametrize("dtype", DENSE)
-@pytest.mark.parametrize("target", TARGETS)
+@every_target
 def test_masks_are_written_16_bytes_at_a_time(found, target, dtype):
     compiled_kernels = kernels(found, target, {f"dense_{dtype}"})
     assert compiled_kernels
@@ -371,7 +375,7 @@ def test_masks_are_written_16_bytes_at_a_time(found, target, dtype):
         assert kernel.get("registers") is None or kernel["registers"] <= 128, kernel
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@every_target
 def test_nothing_is_spilled(found, target):
     compiled_kernels = kernels(found, target)
     assert compiled_kernels
@@ -380,7 +384,7 @@ def test_nothing_is_spilled(found, target):
     assert [kernel for kernel in compiled_kernels if kernel["spilled"]] == []
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@every_target
 def test_rows_of_odd_width_compile(found, target):
     assert kernels(found, target, {"odd_rows"})
 

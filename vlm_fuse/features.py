@@ -109,6 +109,15 @@ def _with_sizes(kind: Kind, given) -> Kind:
     return kind._replace(images=sizes.numel(), rows_each=-1, sizes=sizes)
 
 
+def with_rows(kinds: tuple[Kind, ...], feature_rows, masked: bool) -> tuple[Kind, ...]:
+    """The kinds with the total rows that the features will have."""
+    given = _by_kind("feature_rows", feature_rows, tuple(kind.token for kind in kinds), masked)
+    for rows in given.values():
+        if isinstance(rows, bool) or not isinstance(rows, (int, torch.SymInt)) or (isinstance(rows, int) and rows < 0):
+            raise ValueError(f"feature_rows: expected a number of rows, got {rows!r}")
+    return tuple(kind._replace(rows=given[kind.token]) if kind.token in given else kind for kind in kinds)
+
+
 def unsettled(kinds: tuple[Kind, ...]) -> bool:
     """Totals or sizes are still to be worked out."""
     for kind in kinds:

@@ -146,6 +146,7 @@ def plan(
     placeholder_mask: Tensor | None = None,
     image_sizes=None,
     feature_counts=None,
+    feature_rows=None,
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -173,6 +174,8 @@ def plan(
         placeholder_mask: ``(B, T)`` bool instead of an id.
         image_sizes: feature rows of each image in reading order: ints, an int tensor, or a dict by placeholder id.
         feature_counts: ``(B,)`` feature rows that each sample owns, or a dict by placeholder id.
+        feature_rows: the rows that the features will have in all, where no sizes say so: an int, or a dict by placeholder id.
+            None: as many as placeholders, whatever their number.
         attention_mask: ``(B, T)``, nonzero = token.
         labels: ``(B, T)`` int32 or int64.
         document_ids: ``(B, T)`` int32 or int64, below 0 = padding.
@@ -200,9 +203,11 @@ def plan(
     """
     tokens = checks.batch_tensors(input_ids, placeholder_mask, attention_mask, labels, document_ids)
     if image_token_id is None and placeholder_mask is None and scheme == "placeholders" and not isinstance(image_sizes, Mapping):
-        if image_sizes is not None or feature_counts is not None:
-            raise ValueError("image_token_id: image_sizes or feature_counts say how many rows there are, but not which id marks them")
+        if not (image_sizes is feature_counts is feature_rows is None):
+            raise ValueError("image_token_id: image_sizes, feature_counts or feature_rows say how many rows there are, but not which id marks them")
     kinds = forms.describe(None, image_token_id, image_sizes, placeholder_mask, scheme)
+    if feature_rows is not None:
+        kinds = forms.with_rows(kinds, feature_rows, placeholder_mask is not None)
     if max_documents is not None and (isinstance(max_documents, bool) or not isinstance(max_documents, int) or max_documents < 0):
         raise ValueError(f"max_documents: expected a number of documents, got {max_documents!r}")
     chosen = choices(scheme, combine, layout, padding_side, length, attend, unused_features, validate, name_from(backend), document_ids)

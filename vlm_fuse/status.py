@@ -9,6 +9,7 @@ from . import checks
 from .batch import RAISE, RECORD_FIELDS
 
 _flags: dict[torch.device, Tensor] = {}
+_copies: dict[torch.device, tuple[Tensor, object]] = {}  # of flags, on their way to the host
 
 
 def flag(device: torch.device) -> Tensor:
@@ -34,11 +35,13 @@ def for_mode(validate: str, device: torch.device):
     return flag(device) if validate == "async" else None
 
 
-def raise_errors(device: torch.device | str | None = None) -> None:
+def raise_errors(device: torch.device | str | None = None, wait: bool = True) -> None:
     """Wait for the device, and raise the first error that calls with ``validate="async"`` have flagged on it.
 
     Args:
         device: the device to ask; None: every device on which something ran asynchronously.
+        wait: False: raise only what the host can know without waiting. Each such call sends for the flag, and a later one finds it:
+            an error is raised by the first call after the device has got so far.
 
     Raises:
         ValueError: feature rows and placeholders do not agree, a document id returns, a length is too small, or a mask
@@ -59,9 +62,30 @@ def raise_errors(device: torch.device | str | None = None) -> None:
     for place, found in list(_flags.items()):
         if wanted is not None and (place.type != wanted.type or (wanted.index is not None and place.index not in (None, wanted.index))):
             continue
+        if not wait and place.type != "cpu" and not _arrived(place, found):
+            continue
+        _copies.pop(place, None)
         _wait(place)
         record = tuple(found.tolist())
         if record[0]:
             found.zero_()
             _wait(place)
             raise checks.explain(record)
+
+
+def _arrived(device: torch.device, flag_: Tensor) -> bool:
+    """Whether a copy of the flag that was sent for earlier is here and tells of an error. Sends for another where none is on its way."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    copy, event = _copies.get(device, (None, None))
+    if event is not None and not event.query():
+        return False
+    if copy is not None and int(copy[0]):
+        return True
+    if copy is None:
+        copy = torch.empty(flag_.shape, dtype=flag_.dtype, device="cpu", pin_memory=True)
+    copy.copy_(flag_, non_blocking=True)
+    event = torch.get_device_module(device).Event()
+    event.record()
+    _copies[device] = copy, event
+    return False

@@ -1,0 +1,83 @@
+"""Which tokens of a row belong to one document, told by position_ids that begin anew, as transformers tells packed rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_KEPT = "_vlm_fuse_documents"
+
+
+class Documents(NamedTuple):
+    """What the host knows of a batch of rows."""
+
+    numbers: Tensor  # (B, L) int64, counted from 0 in each row; padding has the number of the document before it
+    packed: bool  # a row has several
+    all_kept: bool  # no padding
+
+
+def numbers(position_ids: Tensor, kept: Tensor | None) -> Tensor:
+    """``(B, L)`` documents counted in each row. No host read.
+
+    Args:
+        position_ids: ``(B, L)`` ints. Without `kept` a document begins wherever they do not go on by one, as in transformers'
+            ``find_packed_sequence_indices``; with it where they go back, so that a hole begins none.
+        kept: ``(B, L)`` bool, False at padding, which begins nothing.
+    """
+    if kept is None:
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        return torch.nn.functional.pad(starts, (1, 0)).cumsum(-1)
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+    last = torch.where(kept, columns, -1).cummax(-1).values
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    starts = kept & (before >= 0) & (position_ids <= position_ids.gather(1, before.clamp(min=0)))
+    return starts.cumsum(-1)
+
+
+def documents(position_ids: Tensor, attention_mask: Tensor | None) -> Documents:
+    """What the host knows of the rows, by one read for all masks and layers of a forward: it stays with the positions' tensor.
+
+    Args:
+        position_ids: ``(B, L)`` ints.
+        attention_mask: ``(B, L)``, nonzero = token.
+    """
+    key = (position_ids._version, None if attention_mask is None else (id(attention_mask), attention_mask._version))
+    found = getattr(position_ids, _KEPT, None)
+    if found is not None and found[0] == key:
+        return found[1]
+    kept = None if attention_mask is None else attention_mask.to(position_ids.device) != 0
+    own = numbers(position_ids, kept)
+    packed = own[:, -1:].any()
+    facts = packed[None] if kept is None else torch.stack([packed, kept.all()])
+    packed, all_kept = [*facts.tolist(), True][:2]
+    if packed and kept is not None and all_kept:
+        own = numbers(position_ids, None)
+    made = Documents(own, packed, all_kept)
+    setattr(position_ids, _KEPT, (key, made, attention_mask))  # with the mask, whose id would else be given to another
+    return made
+
+
+def with_text_row(position_ids, attention_mask, past_key_values):
+    """M-RoPE's positions with the text's row in front, which transformers needs to see packed rows; others as they are.
+
+    Args:
+        position_ids: ``(3, B, L)``: a document begins where all three are 0.
+
+    Returns:
+        Tensor: ``(4, B, L)``. No host read.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 3 or position_ids.shape[0] != 3 or position_ids.shape[2] < 2:
+        return position_ids
+    if past_key_values is not None and not is_empty(past_key_values):
+        return position_ids
+    columns = torch.arange(position_ids.shape[2], device=position_ids.device)
+    starts = torch.where((position_ids == 0).all(0), columns, 0).cummax(-1).values
+    return torch.cat([(columns - starts)[None].to(position_ids.dtype), position_ids])
+
+
+def is_empty(past_key_values) -> bool:
+    """A cache that has seen nothing yet, as far as the host can know: transformers makes one in training too."""
+    length = getattr(past_key_values, "get_seq_length", lambda: None)()
+    return type(length) is int and length == 0

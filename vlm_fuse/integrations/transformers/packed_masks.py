@@ -1,0 +1,112 @@
+"""The masks of packed rows: what rewritten methods call in place of the factories of transformers' ``masking_utils``.
+
+transformers keeps the documents of a packed row apart where attention_mask and the cache are None, and nowhere else: not under a
+mask of ones, not where it made a cache itself, and (until 5.24) not where images see themselves both ways. Here the same
+factories are called with arguments that keep them apart, and just as they were where a row holds one document.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .documents import Documents, documents, is_empty, numbers
+
+_EMBEDS = ("inputs_embeds", "input_embeds")  # since and before 5.0
+
+
+def call(factory: Callable, /, *args, **kwargs):
+    """``factory(*args, **kwargs)``, with documents apart where rows are packed.
+
+    Raises:
+        NotImplementedError: packed rows whose mask the attention implementation, or the factory, cannot express.
+    """
+    if args:
+        kwargs = inspect.signature(factory).bind(*args, **kwargs).arguments
+        kwargs |= kwargs.pop("kwargs", {})
+    position_ids, kept = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if not _may_be_packed(kwargs, position_ids, kept):
+        return factory(**kwargs)
+    rows = next(kwargs[name] for name in _EMBEDS if name in kwargs).shape[0]
+    if is_compiling():
+        return _traced(factory, kwargs, rows)
+    found = documents(position_ids, kept)
+    if found.all_kept:
+        kwargs["attention_mask"] = None
+    if not found.packed:
+        # what is known need not be asked of the device again
+        return factory(**(kwargs | {"position_ids": None} if found.all_kept else kwargs))
+    kwargs["past_key_values"] = None  # an empty one, with which nothing is looked for
+    if "flash" in str(kwargs["config"]._attn_implementation):
+        return _flash(factory, kwargs, found)
+    if found.all_kept and not _has_blocks(kwargs):
+        return factory(**kwargs)
+    return _kept_apart(factory, kwargs, found.numbers, rows)
+
+
+def _may_be_packed(kwargs: dict, position_ids, kept) -> bool:
+    """Positions of every token of rows that have no past, beside no mask or one of padding."""
+    embeds = next((kwargs[name] for name in _EMBEDS if name in kwargs), None)
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[1] < 2:
+        return False
+    rows, length = embeds.shape[:2]
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] != length:
+        return False
+    if rows > 1 and (position_ids.shape[0] == 1 or position_ids.stride(0) == 0):
+        return False  # counted by the model itself, the same for all rows
+    if kept is not None and (not isinstance(kept, Tensor) or kept.shape != (rows, length)):
+        return False
+    past = kwargs.get("past_key_values")
+    return past is None or is_empty(past)
+
+
+def _has_blocks(kwargs: dict) -> bool:
+    """Images, or prefixes, that see themselves both ways."""
+    return kwargs.get("block_sequence_ids") is not None or kwargs.get("or_mask_function") is not None
+
+
+def _flash(factory: Callable, kwargs: dict, found: Documents):
+    if _has_blocks(kwargs):
+        raise NotImplementedError(
+            "packed rows with images that see themselves both ways: flash attention takes no such mask and would drop it; use sdpa, eager or flex_attention"
+        )
+    if not found.all_kept:
+        raise NotImplementedError(
+            "packed rows with padding: flash attention either removes the padding or keeps documents apart; leave out attention_mask and give the "
+            "padding positions of its own (0, 1, 2, ...), or use sdpa"
+        )
+    return factory(**kwargs)
+
+
+def _kept_apart(factory: Callable, kwargs: dict, own: Tensor, rows: int):
+    """Inside a document causal and sliding masks depend on distances alone: no positions, and a mask that ends with the document."""
+    if "chunked" in factory.__name__:
+        raise NotImplementedError(
+            f"{factory.__name__}: chunks are counted from the start of each document only where attention_mask is None and images are read like text; "
+            "leave out attention_mask"
+        )
+    own = own.expand(rows, -1)
+    blocks = kwargs.get("block_sequence_ids")
+    if blocks is not None:  # added after everything else: the same number in another document must be another
+        kwargs["block_sequence_ids"] = (own * own.shape[1] + blocks).where(blocks >= 0, blocks)
+    before = kwargs.get("and_mask_function")
+
+    def same_document(batch, head, q, kv):
+        same = own[batch, q] == own[batch, kv]
+        return same if before is None else same & before(batch, head, q, kv)
+
+    return factory(**(kwargs | {"position_ids": None, "and_mask_function": same_document}))
+
+
+def _traced(factory: Callable, kwargs: dict, rows: int):
+    """Nothing is known of the values, and a mask is made in any case: it is always one that keeps documents apart."""
+    kept = kwargs.get("attention_mask")
+    if "flash" in str(kwargs["config"]._attn_implementation) or "chunked" in factory.__name__:
+        return factory(**kwargs)
+    if kept is None and not _has_blocks(kwargs):
+        return factory(**(kwargs | {"past_key_values": None}))
+    own = numbers(kwargs["position_ids"], None if kept is None else kept != 0)
+    return _kept_apart(factory, kwargs | {"past_key_values": None}, own, rows)

@@ -1,0 +1,145 @@
+"""`patch`, `unpatch` and `patched`: a transformers model that merges by vlm_fuse, and as it was before."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from .. import binding
+from . import call_sites, deepstack, packed_layers
+from .calls import rewritten_code
+from .rewriting import NotRewritable, innermost
+
+#: nothing is merged in these, though some name what is looked for
+_NOT_MODELS = ("torch.", "transformers.modeling_utils", "transformers.generation.")
+
+_lock = threading.Lock()
+_candidates: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def patch(model: nn.Module) -> None:
+    """Have a transformers model merge its images by vlm_fuse, on this instance alone.
+
+    Every method of the model and of the modules in it that merges with ``masked_scatter`` or ``inputs_embeds[mask] = features``,
+    checks placeholders against features, adds DeepStack features, works out M-RoPE positions or makes an attention mask is
+    rewritten from its own source and bound to the instance. Loss, logits and gradients stay what they are, to the bit.
+
+    Args:
+        model: any `torch.nn.Module` with transformers' modules in it: bare, under PEFT, DDP, FSDP2, accelerate's hooks or
+            Liger's patches. Patch before ``torch.compile``.
+
+    Raises:
+        TypeError: not a module.
+
+    Warns:
+        UserWarning: once a call, with all that was left as it is, and why.
+
+    Calls are counted: a model that was patched twice is as before after two `unpatch`. A deepcopy of a patched model is
+    patched, a pickle of it loads unpatched. Threads may patch, unpatch and run at the same time.
+
+    Example:
+        >>> import torch, transformers  # doctest: +SKIP
+        >>> from vlm_fuse.integrations.transformers import patch
+        >>> model = transformers.AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")  # doctest: +SKIP
+        >>> patch(model)  # doctest: +SKIP
+
+    Source: the merges, checks and masks that are replaced are those of huggingface/transformers, ``models/*/modeling_*.py``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    left: dict[str, None] = {}
+    found = False
+    layers: dict[nn.Module, list[tuple[str, Callable]]] = {}
+    for module, name, instead in packed_layers.bindings(model):
+        layers.setdefault(module, []).append((name, instead))
+    for module in model.modules():
+        methods, reasons = _methods(module)
+        methods += layers.get(module, [])
+        if methods:
+            found = True
+            reasons += binding.bind(module, methods)
+        for name, reason in reasons:
+            left[f"{type(module).__name__}.{name}: {reason}"] = None
+    if not found and not left:
+        left[f"{type(model).__name__} has no module that merges features into embeddings"] = None
+    if left:
+        warnings.warn("vlm_fuse left as it is:\n  " + "\n  ".join(left), stacklevel=2)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo one `patch`. A model that is not patched is left as it is.
+
+    Args:
+        model: as given to `patch`, or anything around or in it.
+    """
+    for module in model.modules():
+        binding.unbind(module)
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module) -> Iterator[nn.Module]:
+    """`patch` for the length of a ``with`` block. A model that was patched before stays so.
+
+    Args:
+        model: as in `patch`; the value of the block.
+
+    Example:
+        >>> from vlm_fuse.integrations.transformers import patched
+        >>> with patched(model):  # doctest: +SKIP
+        ...     loss = model(**batch).loss
+    """
+    patch(model)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+
+
+def _methods(module: nn.Module) -> tuple[list[tuple[str, Callable]], list[tuple[str, str]]]:
+    """(name, what runs in its place) of a module's methods, and (name, reason) of those left."""
+    methods, left = [], []
+    for name in _names(module):
+        try:
+            instead = _instead(name, binding.method(module, name))
+        except (NotRewritable, binding.Unreachable) as reason:
+            left.append((name, str(reason)))
+            continue
+        if instead is not None:
+            methods.append((name, instead))
+    return methods, left
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """The methods that are worth reading: those of the class, and a forward that somebody has put on the instance."""
+    kind = type(module)
+    with _lock:
+        names = _candidates.get(kind)
+        if names is None:
+            names = _candidates[kind] = tuple(_names_in(kind))
+    replaced = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    function = binding.original(getattr(replaced, "__func__", None))
+    if "forward" not in names and isinstance(function, types.FunctionType) and call_sites.mentioned(innermost(function)):
+        return (*names, "forward")
+    return names
+
+
+def _names_in(kind: type) -> Iterator[str]:
+    seen = set()
+    for owner in kind.__mro__:
+        for name, function in vars(owner).items():
+            if isinstance(function, types.FunctionType) and name not in seen and not f"{owner.__module__}.".startswith(_NOT_MODELS):
+                if name == deepstack.NAME or call_sites.mentioned(innermost(function)):
+                    yield name
+            seen.add(name)
+
+
+def _instead(name: str, function: Callable) -> Callable | None:
+    if name == deepstack.NAME:
+        return deepstack.instead_of(function)
+    return rewritten_code(function)
