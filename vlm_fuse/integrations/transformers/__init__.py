@@ -1,5 +1,6 @@
-"""transformers models that merge by vlm_fuse: `patch(model)`, `unpatch(model)`, `with patched(model)`."""
+"""transformers models that merge by vlm_fuse: `patch(model)`, `unpatch(model)`, `with patched(model)`; `attend(config)`."""
 
+from .attending import attend
 from .patching import patch, patched, unpatch
 
-__all__ = ["patch", "patched", "unpatch"]
+__all__ = ["attend", "patch", "patched", "unpatch"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from .. import binding
-from . import call_sites, deepstack, packed_layers
+from . import call_sites, deepstack, packed_layers, rope_index
 from .calls import rewritten_code
 from .rewriting import NotRewritable, innermost
 
@@ -55,12 +55,15 @@ def patch(model: nn.Module) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     left: dict[str, None] = {}
     found = False
-    layers: dict[nn.Module, list[tuple[str, Callable]]] = {}
-    for module, name, instead in packed_layers.bindings(model):
-        layers.setdefault(module, []).append((name, instead))
+    more: dict[nn.Module, list[tuple[str, Callable]]] = {}
+    for module, name, instead in (*packed_layers.bindings(model), *rope_index.bindings(model)):
+        if instead is None:
+            left[f"{type(module).__name__}.{name}: its positions are of another kind than vlm_fuse.mrope_position_ids makes"] = None
+        else:
+            more.setdefault(module, []).append((name, instead))
     for module in model.modules():
         methods, reasons = _methods(module)
-        methods += layers.get(module, [])
+        methods += more.get(module, [])
         if methods:
             found = True
             reasons += binding.bind(module, methods)
