@@ -119,10 +119,12 @@ class _Calls(ast.NodeTransformer):
     def visit_If(self, node: ast.If):
         """transformers 4: if a is not None and condition: raise ValueError(message)."""
         self.generic_visit(node)
-        if len(node.body) == 1 and isinstance(node.body[0], ast.Raise) and not node.orelse:
+        *preparations, last_statement = node.body
+        if isinstance(last_statement, ast.Raise) and all(isinstance(statement, ast.Assign) for statement in preparations) and not node.orelse:
             *before, last = node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) else [node.test]
-            error = node.body[0].exc
-            message = error.args[0] if isinstance(error, ast.Call) and error.args else ast.Constant("")
+            error = last_statement.exc
+            # what is prepared for the message is not there when ours is made
+            message = error.args[0] if isinstance(error, ast.Call) and error.args and not preparations else ast.Constant("")
             made = self._counted(last, ast.NotEq, message, ast.copy_location(ast.If(last, node.body, []), node))
             if made is not None and before:
                 test = before[0] if len(before) == 1 else ast.copy_location(ast.BoolOp(ast.And(), before), node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import linecache
 from collections.abc import Callable
 
 from . import call_sites, documents, merges, packed_masks
@@ -20,6 +21,8 @@ def rewritten_code(function: Callable) -> Callable | None:
 
 def _called(name: str, module: dict) -> object:
     """What a name of ours stands for in the code of a module."""
+    if name == call_sites.TEXT_ROW and not _takes_text_row(module["__file__"]):
+        return lambda position_ids, *_: position_ids
     if not name.startswith(call_sites.MASK):
         return _CALLED[name]
     factory = module.get(name.removeprefix(call_sites.MASK))
@@ -32,6 +35,11 @@ def _called(name: str, module: dict) -> object:
         return rewritten_code(factory) or factory
     except NotRewritable:
         return factory
+
+
+def _takes_text_row(path: str) -> bool:
+    """Whether a model's M-RoPE positions may have four rows: its text model asks for that."""
+    return any("position_ids.shape[0] == 4" in line for line in linecache.getlines(path))
 
 
 _CALLED = {

@@ -29,11 +29,15 @@ def numbers(position_ids: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None:
         starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
         return torch.nn.functional.pad(starts, (1, 0)).cumsum(-1)
+    return (_steps(position_ids, kept) <= 0).cumsum(-1)
+
+
+def _steps(position_ids: Tensor, kept: Tensor) -> Tensor:
+    """How far each token's position lies behind that of the token before it; 1 where there is none, and at padding."""
     columns = torch.arange(position_ids.shape[1], device=position_ids.device)
     last = torch.where(kept, columns, -1).cummax(-1).values
     before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
-    starts = kept & (before >= 0) & (position_ids <= position_ids.gather(1, before.clamp(min=0)))
-    return starts.cumsum(-1)
+    return torch.where(kept & (before >= 0), position_ids - position_ids.gather(1, before.clamp(min=0)), 1)
 
 
 def documents(position_ids: Tensor, attention_mask: Tensor | None) -> Documents:
@@ -48,13 +52,13 @@ def documents(position_ids: Tensor, attention_mask: Tensor | None) -> Documents:
     if found is not None and found[0] == key:
         return found[1]
     kept = None if attention_mask is None else attention_mask.to(position_ids.device) != 0
-    own = numbers(position_ids, kept)
-    packed = own[:, -1:].any()
-    facts = packed[None] if kept is None else torch.stack([packed, kept.all()])
-    packed, all_kept = [*facts.tolist(), True][:2]
-    if packed and kept is not None and all_kept:
+    if kept is None:
         own = numbers(position_ids, None)
-    made = Documents(own, packed, all_kept)
+        made = Documents(own, own[:, -1].any().tolist(), True)
+    else:
+        # that positions stand still does not say it: those of time do so in an image
+        packed, all_kept = torch.stack([(_steps(position_ids, kept) < 0).any(), kept.all()]).tolist()
+        made = Documents(numbers(position_ids, None if all_kept else kept), packed, all_kept)
     setattr(position_ids, _KEPT, (key, made, attention_mask))  # with the mask, whose id would else be given to another
     return made
 

@@ -80,7 +80,8 @@ def counted(mask: Tensor, numel, width, message: Callable[[], str]) -> Tensor:
         vlm_fuse.plan(None, placeholder_mask=rows, feature_rows=numel // width)
     except ValueError as error:
         found = str(error).partition("; pass unused_features")[0]  # which is merge's, not the model's
-        raise ValueError(f"{message()} ({found})") from None
+        said = message()
+        raise ValueError(f"{said} ({found})" if said else found) from None
     return mask
 
 
