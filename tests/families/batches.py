@@ -110,7 +110,7 @@ def batch(model, family: Family, situation: str) -> dict:
 
 def _precomputed(model, family: Family, made: dict, numbers: list, taken) -> None:
     """What the tower makes handed in beside the ids, where the model takes that."""
-    if "mm_encoder_outputs" not in taken:
+    if "mm_encoder_outputs" not in taken or "mm_encoder_outputs" in made:
         raise NotPossible
     inputs = _maker(family, "image")(model.config, numbers)
     inner = getattr(model, "model", model)

@@ -43,10 +43,15 @@ class Family:
 
     @property
     def installed(self) -> bool:
+        if self.images is towers.features and transformers.__version__ < "5.2":
+            return False
         return hasattr(transformers, self.model)
 
 
 _MROPE = {"text_config.rope_scaling" if transformers.__version__ < "5" else "text_config.rope_parameters": dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2], partial_rotary_factor=1.0)}
+_GEMMA4 = {
+    "audio_config": None, "text_config.hidden_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 0, "text_config.layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 _PINPOINTS = {"image_grid_pinpoints": [[16, 16], [16, 32]]}
 _OMNI = dict(vision_start_token_id=140, vision_end_token_id=141, audio_start_token_id=142, audio_end_token_id=143, tokens_per_second=2, position_id_per_seconds=2)
 
@@ -85,6 +90,10 @@ FAMILIES = {
     "deepseek_vl": Family("DeepseekVLForConditionalGeneration", towers.pictures),
     "exaone4_5": Family("Exaone4_5_ForConditionalGeneration", towers.patches),
     "gemma3": Family("Gemma3ForConditionalGeneration", towers.pictures, changes={"mm_tokens_per_image": 4}),
+    "gemma4": Family("Gemma4ForConditionalGeneration", towers.features, changes=_GEMMA4, rows=towers.ROWS),
+    "gemma4_vision": Family(
+        "Gemma4ForConditionalGeneration", towers.features, changes={**_GEMMA4, "text_config.use_bidirectional_attention": "vision"}, rows=towers.ROWS
+    ),
     "glm46v": Family("Glm46VForConditionalGeneration", towers.patches, changes=_MROPE),
     "glm4v": Family("Glm4vForConditionalGeneration", towers.patches, changes=_MROPE),
     "glm4v_moe": Family("Glm4vMoeForConditionalGeneration", towers.patches, changes=_MROPE),
@@ -99,7 +108,7 @@ FAMILIES = {
     "internvl": Family("InternVLForConditionalGeneration", towers.pictures, changes={"vision_config.image_size": [32, 32]}),
     "janus": Family("JanusForConditionalGeneration", towers.pictures, changes={"vq_config.base_channels": 32}),
     "kosmos2": Family("Kosmos2ForConditionalGeneration", towers.pictures, changes={"latent_query_num": 3}, rows=3, one_each=True, merge="embeds[mask] = features"),
-    "lfm2_vl": Family("Lfm2VlForConditionalGeneration", _naflex),
+    "lfm2_vl": Family("Lfm2VlForConditionalGeneration", _naflex, changes={"text_config.layer_types": ["conv", "full_attention"]}),
     "lfm3_vl": Family("Lfm3VlForConditionalGeneration", towers.patches, towers.film_patches),
     "lighton_ocr": Family("LightOnOcrForConditionalGeneration", towers.sized, changes={"vision_config.image_size": 32}),
     "llama4": Family("Llama4ForConditionalGeneration", towers.pictures, changes={"vision_config.intermediate_size": 128, "vision_config.image_size": 32}),
@@ -110,6 +119,9 @@ FAMILIES = {
     "minimax_m3_vl": Family("MiniMaxM3SparseForConditionalGeneration", towers.patches, towers.film_patches),
     "mistral3": Family("Mistral3ForConditionalGeneration", towers.sized, changes={"vision_config.image_size": 32}),
     "modernvbert": Family("ModernVBertForMaskedLM", towers.in_rows, changes={"pixel_shuffle_factor": 2, "vision_config.image_size": 32}),
+    "molmo2": Family(
+        "Molmo2ForConditionalGeneration", towers.features, changes={"adapter_config.vision_feature_layer": [-1, -2], "image_patch_id": 150}, rows=towers.ROWS, merge="masked_scatter of sums"
+    ),
     "ovis2": Family("Ovis2ForConditionalGeneration", towers.pictures),
     "paddleocr_vl": Family("PaddleOCRVLForConditionalGeneration", towers.square_patches, changes=_MROPE),
     "paligemma": Family("PaliGemmaForConditionalGeneration", towers.pictures),

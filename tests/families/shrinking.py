@@ -44,7 +44,9 @@ def shrunk(config_class: type, **changes):
 def _shrunk(entries: dict, tower: bool = False) -> dict:
     made = {}
     for name, value in entries.items():
-        if isinstance(value, dict) and name.endswith("_config"):
+        if name == "per_layer_config":
+            pass  # of layers that are not there
+        elif isinstance(value, dict) and name.endswith("_config"):
             made[name] = _shrunk(value, tower or not name.startswith("text"))
         elif name == "vocab_size" and isinstance(value, int):
             made[name] = VOCABULARY
@@ -62,8 +64,6 @@ def _shrunk(entries: dict, tower: bool = False) -> dict:
             made[name] = [1]
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "mrope_section" in value:
             made[name] = {**value, "mrope_section": [1, 1, 2]}
-        elif name == "per_layer_config":
-            pass  # of layers that are not there
         elif name not in _LEFT_OUT or name == "model_type":
             made[name] = value
     return made

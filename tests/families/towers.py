@@ -86,3 +86,14 @@ def sounds(config, numbers) -> dict:
 
 def sounds_of_one_length(config, numbers) -> dict:
     return {"input_features": sounds(config, numbers)["input_features"]}
+
+
+ROWS = 3
+
+
+def features(config, numbers) -> dict:
+    """What the tower would make of each image: ROWS rows."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    width = config.get_text_config().hidden_size
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[_random(number, ROWS, width) for number in numbers])}}

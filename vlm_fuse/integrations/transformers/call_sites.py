@@ -58,17 +58,21 @@ def transform(definition: ast.FunctionDef) -> bool:
     """Replace in place. Whether there was anything to replace."""
     calls = _Calls(definition)
     definition.body = [calls.visit(statement) for statement in definition.body]
-    if definition.name == "forward" and _makes_mrope(definition):
-        calls.found += 1
-        first = definition.body[0]
-        made = _call(first, TEXT_ROW, *(ast.copy_location(ast.Name(name, ast.Load()), first) for name in _POSITIONS))
-        target = ast.copy_location(ast.Name("position_ids", ast.Store()), first)
-        definition.body.insert(0, ast.copy_location(ast.Assign([target], made), first))
     return calls.found > 0
 
 
+def transform_with_text_row(definition: ast.FunctionDef) -> bool:
+    """The same, of the forward that positions are given to, or that has them made."""
+    found = transform(definition)
+    if not _makes_mrope(definition):
+        return found
+    first = definition.body[0]
+    made = _call(first, TEXT_ROW, *(ast.copy_location(ast.Name(name, ast.Load()), first) for name in _POSITIONS))
+    definition.body.insert(0, ast.copy_location(ast.Assign([ast.copy_location(ast.Name("position_ids", ast.Store()), first)], made), first))
+    return True
+
+
 def _makes_mrope(definition: ast.FunctionDef) -> bool:
-    """The forward that positions are given to, or that has them made."""
     arguments = {argument.arg for argument in (*definition.args.args, *definition.args.kwonlyargs)}
     called = {node.func.attr for node in ast.walk(definition) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
     return arguments.issuperset(_POSITIONS) and not called.isdisjoint(_MROPE)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
-import linecache
 from collections.abc import Callable
 
 from . import call_sites, documents, merges, packed_masks
 from .rewriting import NotRewritable, rewritten
 
 
-def rewritten_code(function: Callable) -> Callable | None:
+def rewritten_code(function: Callable, text_row: bool = False) -> Callable | None:
     """The function with its merges, checks and masks replaced; None where there are none.
+
+    Args:
+        text_row: a forward that has M-RoPE's positions made takes them with three rows as with four.
 
     Raises:
         NotRewritable: there are some, and the source cannot be had.
     """
-    return rewritten(function, call_sites.transform, call_sites.PREFIX, _called)
+    return rewritten(function, call_sites.transform_with_text_row if text_row else call_sites.transform, call_sites.PREFIX, _called)
 
 
 def _called(name: str, module: dict) -> object:
     """What a name of ours stands for in the code of a module."""
-    if name == call_sites.TEXT_ROW and not _takes_text_row(module["__file__"]):
-        return lambda position_ids, *_: position_ids
     if not name.startswith(call_sites.MASK):
         return _CALLED[name]
     factory = module.get(name.removeprefix(call_sites.MASK))
@@ -35,11 +35,6 @@ def _called(name: str, module: dict) -> object:
         return rewritten_code(factory) or factory
     except NotRewritable:
         return factory
-
-
-def _takes_text_row(path: str) -> bool:
-    """Whether a model's M-RoPE positions may have four rows: its text model asks for that."""
-    return any("position_ids.shape[0] == 4" in line for line in linecache.getlines(path))
 
 
 _CALLED = {

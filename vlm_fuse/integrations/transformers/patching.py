@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import threading
 import types
 import warnings
@@ -109,7 +111,7 @@ def _methods(module: nn.Module) -> tuple[list[tuple[str, Callable]], list[tuple[
     methods, left = [], []
     for name in _names(module):
         try:
-            instead = _instead(name, binding.method(module, name))
+            instead = _instead(name, binding.method(module, name), name == "forward" and _takes_text_row(module))
         except (NotRewritable, binding.Unreachable) as reason:
             left.append((name, str(reason)))
             continue
@@ -142,7 +144,22 @@ def _names_in(kind: type) -> Iterator[str]:
             seen.add(name)
 
 
-def _instead(name: str, function: Callable) -> Callable | None:
+def _instead(name: str, function: Callable, text_row: bool) -> Callable | None:
     if name == deepstack.NAME:
         return deepstack.instead_of(function)
-    return rewritten_code(function)
+    return rewritten_code(function, text_row)
+
+
+def _takes_text_row(module: nn.Module) -> bool:
+    """Whether M-RoPE's positions may have four rows: a text model in it asks for that."""
+    return any(child is not module and _asks_for_text_row(type(child)) for child in module.modules())
+
+
+@functools.cache
+def _asks_for_text_row(kind: type) -> bool:
+    forward = getattr(kind, "forward", None)
+    if not isinstance(forward, types.FunctionType) or "position_ids" not in innermost(forward).__code__.co_varnames:
+        return False
+    with contextlib.suppress(OSError):
+        return "position_ids.shape[0] == 4" in inspect.getsource(innermost(forward))
+    return False

@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable
 
 _lock = threading.RLock()
-_rewritten: dict[Callable, Callable | None] = {}
+_rewritten: dict[tuple[Callable, Callable], Callable | None] = {}
 
 
 class NotRewritable(Exception):
@@ -23,11 +23,11 @@ class NotRewritable(Exception):
 
 
 def rewritten(function: Callable, transform: Callable[[ast.FunctionDef], bool], prefix: str, called: Callable[[str, dict], object]) -> Callable | None:
-    """The function with its source transformed; None where `transform` changes nothing. Made once for each function.
+    """The function with its source transformed; None where `transform` changes nothing. Made once for each pair.
 
     Args:
         function: a method of a class, with or without decorators.
-        transform: changes the tree in place and says whether it did. The same for all calls.
+        transform: changes the tree in place and says whether it did.
         prefix: how the names begin that the transformed source calls.
         called: what such a name stands for, in the globals of the function's module.
 
@@ -35,11 +35,12 @@ def rewritten(function: Callable, transform: Callable[[ast.FunctionDef], bool], 
         NotRewritable: there is no source, or a decorator that hides the function.
     """
     with _lock:
-        if function not in _rewritten:
+        key = function, transform
+        if key not in _rewritten:
             layers = _layers(function)
             inner = _recompiled(layers[-1], transform, prefix, called)
-            _rewritten[function] = None if inner is None else _wrapped_again(layers, inner)
-        return _rewritten[function]
+            _rewritten[key] = None if inner is None else _wrapped_again(layers, inner)
+        return _rewritten[key]
 
 
 def innermost(function: Callable) -> Callable:

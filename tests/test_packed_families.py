@@ -1,0 +1,201 @@
+"""Packed rows in patched models: every document is what it is alone, whatever mask and cache stand beside it."""
+
+import functools
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+from families.registry import FAMILIES  # noqa: E402
+from packed_documents import Documents  # noqa: E402
+from vlm_fuse.integrations.transformers import patched  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.filterwarnings("ignore:vlm_fuse left as it is")]
+
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+#: isolated by transformers 5.23 itself, where position_ids begin anew and neither a mask nor a cache is given
+ISOLATED = (
+    "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "idefics3", "internvl", "mistral3", "glm4v", "aya_vision", "gemma4",
+    "llava_next", "llava_onevision", "vipllava", "lighton_ocr", "ovis2", "llama4", "glm46v", "paddleocr_vl",
+)  # fmt: skip
+#: not isolated by it
+LEAKING = ("gemma3", "gemma4_vision", "paligemma", "molmo2", "qwen3_5", "qwen3_5_moe", "lfm2_vl")
+ALWAYS = {"llava", "qwen2_5_vl", "qwen3_vl", "mistral3", "glm4v", "gemma4", "llama4", *LEAKING}
+every_family = pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.full) for name in (*ISOLATED, *LEAKING) if FAMILIES[name].installed]
+)
+implementations = pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+CLOSE = 1e-5
+
+
+@functools.cache
+def documents(name: str) -> Documents:
+    model = FAMILIES[name].build()
+    return Documents(model.train(name in ("paligemma", "molmo2")), FAMILIES[name])
+
+
+def ready(name: str, implementation: str) -> Documents:
+    try:
+        made = documents(name)
+        made.model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            made.model(**made.alone[0])
+    except Exception as error:
+        if RELEASE >= (5, 23):
+            raise
+        pytest.skip(f"does not run as it does in 5.23: {error}")
+    return made
+
+
+def logits(made: Documents, inputs: dict, **more) -> torch.Tensor:
+    torch.manual_seed(0)
+    return made.model(**(inputs | more)).logits[0]
+
+
+def forms(made: Documents) -> dict[str, dict]:
+    """How a packed row may be handed in."""
+    ones, positions = torch.ones_like(made.packed["input_ids"]), made.packed["position_ids"]
+    found = {"no mask": {}, "a cache": {"use_cache": True}, "a mask of ones": {"attention_mask": ones}, "ones and a cache": {"attention_mask": ones, "use_cache": True}}
+    if positions.dim() == 3:
+        found |= {"three rows": {"position_ids": positions[1:]}, "three rows and ones": {"position_ids": positions[1:], "attention_mask": ones}}
+    return found
+
+
+@every_family
+@implementations
+def test_every_document_is_as_alone(name, implementation):
+    made = ready(name, implementation)
+    with torch.no_grad():
+        expected = torch.cat([logits(made, alone) for alone in made.alone])
+        with patched(made.model):
+            for alone, own in zip(made.alone, expected.split(made.lengths)):
+                assert torch.equal(logits(made, alone), own), "one document is what it was"
+                if alone["position_ids"].dim() == 2:
+                    assert torch.equal(logits(made, alone, attention_mask=torch.ones_like(alone["input_ids"])), own), "and is not refused"
+            for form, more in forms(made).items():
+                torch.testing.assert_close(logits(made, made.packed, **more), expected, atol=CLOSE * 3, rtol=CLOSE, msg=lambda text, form=form: f"{form}: {text}")
+
+
+@every_family
+@implementations
+def test_another_first_document_changes_no_other(name, implementation):
+    made = ready(name, implementation)
+    first = made.lengths[0]
+    with torch.no_grad(), patched(made.model):
+        for form, more in forms(made).items():
+            before, after = logits(made, made.packed, **more), logits(made, made.with_another_first(), **more)
+            assert not torch.allclose(before[:first], after[:first])
+            torch.testing.assert_close(after[first:], before[first:], atol=1e-6, rtol=1e-6, msg=lambda text, form=form: f"{form}: {text}")
+
+
+@every_family
+def test_gradients_are_the_sum_of_those_alone(name):
+    made = ready(name, "sdpa")
+    targets = [torch.randint(0, 100, (length,), generator=torch.Generator().manual_seed(length)) for length in made.lengths]
+
+    def gradients(parts) -> dict[str, torch.Tensor]:
+        made.model.zero_grad()
+        for inputs, target in parts:
+            torch.nn.functional.cross_entropy(logits(made, inputs), target, reduction="sum").backward()
+        return {key: value.grad.clone() for key, value in made.model.named_parameters() if value.grad is not None}
+
+    expected = gradients(zip(made.alone, targets))
+    with patched(made.model):
+        found = gradients([(made.packed | {"attention_mask": torch.ones_like(made.packed["input_ids"])}, torch.cat(targets))])
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    assert whole > 0 and found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key] - value).norm() <= CLOSE * whole, key
+
+
+@pytest.mark.parametrize("name", [name for name in (*ISOLATED, *LEAKING) if name in ALWAYS])
+def test_padding_behind_the_documents_changes_nothing(name):
+    """A tail under attention_mask 0, whose positions are 0."""
+    made = ready(name, "sdpa")
+    tail, length = 3, sum(made.lengths)
+    packed = dict(made.packed)
+    for key in ("input_ids", "mm_token_type_ids", "token_type_ids"):
+        if key in packed:
+            packed[key] = torch.nn.functional.pad(packed[key], (0, tail), value=1 if key == "token_type_ids" and made.model.config.model_type == "paligemma" else 0)
+    packed["position_ids"] = torch.nn.functional.pad(packed["position_ids"], (0, tail))
+    packed["attention_mask"] = (torch.arange(length + tail) < length).long()[None]
+    with torch.no_grad():
+        expected = torch.cat([logits(made, alone) for alone in made.alone])
+        with patched(made.model):
+            if name == "llama4":
+                with pytest.raises(NotImplementedError, match="chunks are counted from the start of each document"):
+                    logits(made, packed)
+                return
+            torch.testing.assert_close(logits(made, packed)[:length], expected, atol=CLOSE * 3, rtol=CLOSE)
+
+
+@pytest.mark.skipif(RELEASE != (5, 23), reason="the table is that of 5.23")
+@pytest.mark.parametrize("name", [name for name in (*ISOLATED, *LEAKING) if name in ALWAYS and FAMILIES[name].installed])
+def test_what_transformers_itself_isolates(name):
+    """Unpatched: a line that is repaired shows here, and the page on compatibility has to say so."""
+    made = ready(name, "sdpa")
+    with torch.no_grad():
+        expected = torch.cat([logits(made, alone) for alone in made.alone])
+        off = (logits(made, made.packed) - expected).abs().max()
+    assert (off < 1e-4) == (name in ISOLATED), f"{name}: off by {off:.1g}"
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.full), pytest.param("paligemma", marks=pytest.mark.full)])
+def test_under_compile(name):
+    made = ready(name, "sdpa")
+    ones = torch.ones_like(made.packed["input_ids"])
+    with torch.no_grad():
+        expected = torch.cat([logits(made, alone) for alone in made.alone])
+        with patched(made.model):
+            torch._dynamo.reset()
+            compiled = torch.compile(made.model, backend="eager")
+            for more in ({}, {"attention_mask": ones}, {"use_cache": True}):
+                torch.manual_seed(0)
+                torch.testing.assert_close(compiled(**(made.packed | more)).logits[0], expected, atol=CLOSE * 3, rtol=CLOSE)
+
+
+def test_layers_that_carry_over_are_refused_under_compile():
+    made = ready("lfm2_vl", "sdpa")
+    with torch.no_grad(), patched(made.model):
+        torch._dynamo.reset()
+        compiled = torch.compile(made.model, backend="eager")
+        compiled(**made.alone[0])
+        with pytest.raises(RuntimeError, match="packed rows in layers of linear attention or convolution"):
+            compiled(**made.packed)
+
+
+def test_flash_attention_refuses_images_that_see_themselves_both_ways():
+    from vlm_fuse.integrations.transformers import packed_masks
+
+    made = ready("gemma3", "sdpa")
+    config = made.model.config.get_text_config()
+    config._attn_implementation, before = "flash_attention_2", config._attn_implementation
+    try:
+        given = dict(config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=None, past_key_values=None, position_ids=torch.tensor([[0, 1, 0, 1]]))
+        from transformers.masking_utils import create_causal_mask
+
+        assert packed_masks.call(create_causal_mask, **given) is None
+        with pytest.raises(NotImplementedError, match="flash attention takes no such mask"):
+            packed_masks.call(create_causal_mask, **given, block_sequence_ids=torch.zeros(1, 4, dtype=torch.int64))
+        with pytest.raises(NotImplementedError, match="packed rows with padding"):
+            packed_masks.call(create_causal_mask, **(given | {"attention_mask": torch.tensor([[1, 1, 1, 0]]), "position_ids": torch.tensor([[0, 1, 0, 0]])}))
+    finally:
+        config._attn_implementation = before
+
+
+def test_checkpointed_layers_run_by_document_again():
+    made = ready("lfm2_vl", "sdpa")
+    model = made.model.train()
+    with patched(model):
+        expected = _gradient(made)
+        model.gradient_checkpointing_enable()
+        found = _gradient(made)
+        model.gradient_checkpointing_disable()
+    torch.testing.assert_close(found, expected)
+
+
+def _gradient(made: Documents) -> torch.Tensor:
+    made.model.zero_grad()
+    logits(made, made.packed).square().mean().backward()
+    return torch.cat([value.grad.flatten() for value in made.model.parameters() if value.grad is not None])
