@@ -16,8 +16,13 @@ from ..positions import mrope_position_ids
 from ..token_plan import SIDES, TokenPlan
 from . import labels as of_labels
 from .batches import CollatedBatch
+from .dummy import DummyImage
 from .samples import Read, SampleFormat
 from .vision import join
+
+
+#: keys of a batch that no model's forward takes in training, besides what samples bring along.
+EXTRAS = ("plan", "token_counts", "loss_weights", "cu_seqlens_padded", "rope_deltas")
 
 
 class _Collator:
@@ -25,7 +30,7 @@ class _Collator:
 
     def __init__(
         self, sample_format: SampleFormat, length: int | None, pad_token_id: int, multiple_of: int, attend: Attend | Mapping[str, Attend],
-        mrope: bool, tokens_per_second: float, loss_weights: bool, unused_features: str,
+        mrope: bool, tokens_per_second: float, loss_weights: bool, unused_features: str, dummy_image: Mapping | None, extras: bool | Sequence[str],
     ):  # fmt: skip
         self.sample_format = sample_format
         self.length, self.pad_token_id, self.multiple_of = length, pad_token_id, multiple_of
@@ -39,6 +44,39 @@ class _Collator:
             raise ValueError(f"pad_token_id: {pad_token_id} is a placeholder, which would ask for a feature row; take another id, such as that of the end of text")
         if length is not None and length % multiple_of:
             raise ValueError(f"length: {length} is no multiple of multiple_of={multiple_of}; take {-(-length // multiple_of) * multiple_of}")
+        if isinstance(extras, str) or not isinstance(extras, (bool, Sequence)):
+            raise TypeError(f"extras: expected True, False or a list of keys, got {extras!r}")
+        self.extras = extras
+        self.dummy = None if dummy_image is None else DummyImage(dummy_image, sample_format)
+        if self.capacity is not None and self.capacity < 1:
+            raise ValueError(f"dummy_image: its {len(self.dummy)} tokens leave none of length={length} to the samples; take a smaller image, or raise length")
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens of a row that its samples may take, for `pack_lengths`: `length`, less those of the dummy image. None without a length."""
+        if self.length is None or self.dummy is None:
+            return self.length
+        return (self.length - len(self.dummy)) // self.multiple_of * self.multiple_of
+
+    def _dummy_row(self, reads: list[Read], used: list[int]) -> int | None:
+        """The emptiest of the rows, of which so many tokens are used, where the batch needs the dummy image."""
+        if self.dummy is None or not self.dummy.is_needed_by(reads):
+            return None
+        row = int(np.argmin(used))
+        if self.length is not None and used[row] + len(self.dummy) > self.length:
+            raise ValueError(
+                f"dummy_image: the batch has no image, and its emptiest row has {self.length - used[row]} tokens free; the dummy image takes {len(self.dummy)}. "
+                f"Give samples the collator's `capacity`, {self.capacity} of length={self.length}"
+            )
+        return row
+
+    def _without_extras(self, batch: CollatedBatch, reads: list[Read]) -> CollatedBatch:
+        """The batch with those keys that a model takes, and of the others those that are asked for."""
+        if self.extras is True:
+            return batch
+        asked = self.extras or ()
+        extras = {*EXTRAS, *(name for read in reads for name in read.rest)}.difference(asked)
+        return CollatedBatch({name: value for name, value in batch.items() if name not in extras})
 
     def _read(self, samples: Sequence) -> list[Read]:
         return [self.sample_format.read(sample, _name(sample, number)) for number, sample in enumerate(samples) if sample is not None]
@@ -83,6 +121,8 @@ class _Collator:
             input_ids, image_token_id=tokens or None, image_sizes=sizes or None, labels=labels, attend=self.attend, unused_features=self.unused_features,
             **settings,
         )  # fmt: skip
+        if self.extras is not True and "plan" not in (self.extras or ()):
+            return made
         _ = made.position_ids, made.document_ids, made.attention_mask, made.cu_seqlens, made.max_seqlen, made.labels
         if tokens:
             _ = made.kind_ids
@@ -90,7 +130,7 @@ class _Collator:
             made.mask(attend)
         return made
 
-    def _finish(self, batch: CollatedBatch, reads: list[Read], made: TokenPlan, document_ids: Tensor, documents: int) -> CollatedBatch:
+    def _finish(self, batch: CollatedBatch, reads: list[Read], dummy: list[Read], made: TokenPlan, document_ids: Tensor, documents: int) -> CollatedBatch:
         """Labels as the samples have them, counts and weights, vision inputs, and what else the samples bring along."""
         if made.labels is not None:
             shift = self.sample_format.shifted_labels
@@ -99,14 +139,16 @@ class _Collator:
             if self.loss_weights:
                 weights = of_labels.loss_weights(made.labels, document_ids, counts)
                 batch["loss_weights"] = of_labels.shifted_rows(weights, 0.0) if shift else weights
-        batch.update(join([read.vision for read in reads]))
+        batch.update(join([read.vision for read in (*reads, *dummy)]))
         for name in dict.fromkeys(name for read in reads for name in read.rest):
             batch[name] = [read.rest.get(name) for read in reads]
         batch["plan"] = made
         return batch
 
-    def _types(self, input_ids: Tensor, by_token: dict[str, Tensor]) -> Tensor:
-        """``(G, W)``: 0 text, 1 image, 2 video, as the processor says, else by the ids."""
+    def _types(self, input_ids: Tensor, by_token: dict[str, Tensor], dummy: Sequence[Read] = ()) -> Tensor:
+        """``(G, W)``: 0 text, 1 image, 2 video, as the processor says, else by the ids; a dummy image is padding."""
+        if dummy:
+            return torch.zeros_like(input_ids)
         types = by_token.get("mm_token_type_ids")
         return self.sample_format.kinds_by_id(input_ids) if types is None else types
 
@@ -146,7 +188,11 @@ class PackingCollator(_Collator):
         mrope: position_ids ``(4, G, W)`` for models with M-RoPE, the text row first, by the samples' grids.
         tokens_per_second: of those positions (Qwen2.5-VL's config).
         loss_weights: also give weights with which a sum of losses is the mean over samples.
-        unused_features: of the plan: "allow" feature rows behind those of the batch, as of a dummy image for a batch without images.
+        unused_features: of the plan: "allow" feature rows behind those of the batch, for a model that merges by the plan.
+        dummy_image: a sample with a small image, as the processor gives it, which a batch without images gets in its padding, so that
+            the tower runs on every rank. Nobody sees it and nothing counts it. Pack with the collator's `capacity`, which leaves room for it.
+        extras: which keys that no model's forward takes the batch has: plan, token_counts, loss_weights, cu_seqlens_padded, rope_deltas and what
+            samples bring along. True: all; False: none, for a trainer that hands the whole batch to the model; or the names of some.
 
     Returns (of a call): CollatedBatch, a dict:
         input_ids ``(G, W)`` int64; position_ids ``(G, W)`` or ``(4, G, W)`` int64; plan, the `TokenPlan` for ``merge(..., plan=plan)``
@@ -195,9 +241,11 @@ class PackingCollator(_Collator):
         tokens_per_second: float = 1,
         loss_weights: bool = False,
         unused_features: str = "error",
+        dummy_image: Mapping | None = None,
+        extras: bool | Sequence[str] = True,
     ):
         form = SampleFormat(image_token_id, video_token_id, rows_per_image, spatial_merge_size, frames_apart, shifted_labels, tuple(marks))
-        super().__init__(form, length, pad_token_id, multiple_of, attend, mrope, tokens_per_second, loss_weights, unused_features)
+        super().__init__(form, length, pad_token_id, multiple_of, attend, mrope, tokens_per_second, loss_weights, unused_features, dummy_image, extras)
         self.max_documents = max_documents
 
     def __call__(self, samples: Sequence[Mapping] | Sequence[Sequence[Mapping]]) -> CollatedBatch:
@@ -221,21 +269,27 @@ class PackingCollator(_Collator):
             tails.append(column)
         if not reads:
             raise ValueError("the batch has no samples, or every one is None; leave such batches out in the dataset")
-        shape = (len(rows), self._width(max(tails), f"the samples of row {int(np.argmax(tails))} have" if len(rows) > 1 else "the samples have"))
+        width = self._width(max(tails), f"the samples of row {int(np.argmax(tails))} have" if len(rows) > 1 else "the samples have")
+        row, dummy = self._dummy_row(reads, tails), []
+        if row is not None:
+            dummy = [self.dummy.beside(reads)]
+            starts.append((row, tails[row]))
+            width = max(width, self._width(tails[row] + len(self.dummy), "the samples and the dummy image have"))
+        shape = (len(rows), width)
         document_ids, position_ids = _documents(bounds, tails, shape)
-        input_ids, labels, by_token = self._placed(reads, starts, shape)
-        made = self._plan(input_ids, labels, reads, document_ids=document_ids, max_documents=self.max_documents)
+        input_ids, labels, by_token = self._placed(reads + dummy, starts, shape)
+        made = self._plan(input_ids, labels, reads + dummy, document_ids=document_ids, max_documents=self.max_documents)
         batch = CollatedBatch(input_ids=input_ids, **by_token)
         documents = len(bounds) if self.max_documents is None else self.max_documents
         if self.multiple_of > 1:
             batch["cu_seqlens_padded"] = _padded_bounds(bounds, shape, documents)
-        self._finish(batch, reads, made, document_ids, documents)
+        self._finish(batch, reads, dummy, made, document_ids, documents)
         batch["position_ids"], batch["use_cache"] = position_ids, False
         if self.mrope:
-            four, _ = self._mrope(self._types(input_ids, by_token), batch, reads, document_ids=document_ids)
+            four, _ = self._mrope(self._types(input_ids, by_token, dummy), {} if dummy else batch, reads, document_ids=document_ids)
             four[0] = position_ids
             batch["position_ids"] = four
-        return batch
+        return self._without_extras(batch, reads)
 
 
 class PaddingCollator(_Collator):
@@ -245,7 +299,8 @@ class PaddingCollator(_Collator):
         padding_side: "right" or "left".
         length: tokens of a row, for a static shape. Default: those of the longest sample.
         multiple_of: the width is rounded up to a multiple.
-        image_token_id, ..., pad_token_id, attend, mrope, tokens_per_second, loss_weights, unused_features: as of `PackingCollator`.
+        image_token_id, ..., pad_token_id, attend, mrope, tokens_per_second, loss_weights, unused_features, dummy_image, extras: as of
+            `PackingCollator`.
 
     Returns (of a call): CollatedBatch, a dict:
         input_ids, attention_mask ``(B, T)`` int64; position_ids ``(B, T)``, or with mrope ``(3, B, T)`` and rope_deltas ``(B, 1)``; plan;
@@ -281,10 +336,12 @@ class PaddingCollator(_Collator):
         tokens_per_second: float = 1,
         loss_weights: bool = False,
         unused_features: str = "error",
+        dummy_image: Mapping | None = None,
+        extras: bool | Sequence[str] = True,
     ):
         checks.choice("padding_side", padding_side, SIDES)
         form = SampleFormat(image_token_id, video_token_id, rows_per_image, spatial_merge_size, frames_apart, shifted_labels, tuple(marks))
-        super().__init__(form, length, pad_token_id, multiple_of, attend, mrope, tokens_per_second, loss_weights, unused_features)
+        super().__init__(form, length, pad_token_id, multiple_of, attend, mrope, tokens_per_second, loss_weights, unused_features, dummy_image, extras)
         self.padding_side = padding_side
 
     def __call__(self, samples: Sequence[Mapping]) -> CollatedBatch:
@@ -293,15 +350,22 @@ class PaddingCollator(_Collator):
             raise ValueError("the batch has no samples, or every one is None; leave such batches out in the dataset")
         lengths = [len(read.input_ids) for read in reads]
         width = self._width(max(lengths), f"{reads[int(np.argmax(lengths))].named} has")
+        dummy_row, dummy = self._dummy_row(reads, lengths), []
+        if dummy_row is not None:
+            dummy = [self.dummy.beside(reads)]
+            width = max(width, self._width(lengths[dummy_row] + len(self.dummy), f"{reads[dummy_row].named} and the dummy image have"))
         starts = [(row, width - own if self.padding_side == "left" else 0) for row, own in enumerate(lengths)]
-        input_ids, labels, by_token = self._placed(reads, starts, (len(reads), width))
         kept = _at([torch.ones(own, dtype=torch.int64) for own in lengths], starts, (len(reads), width), 0)
-        made = self._plan(input_ids, labels, reads, attention_mask=kept)
+        if dummy_row is not None:
+            starts.append((dummy_row, 0 if self.padding_side == "left" else lengths[dummy_row]))
+        input_ids, labels, by_token = self._placed(reads + dummy, starts, (len(reads), width))
+        made = self._plan(input_ids, labels, reads + dummy, attention_mask=kept)
         batch = CollatedBatch(input_ids=input_ids, attention_mask=kept, position_ids=made.position_ids, **by_token)
-        self._finish(batch, reads, made, made.document_ids, len(reads))
+        self._finish(batch, reads, dummy, made, made.document_ids, len(reads))
         if self.mrope:
-            batch["position_ids"], batch["rope_deltas"] = self._mrope(self._types(input_ids, by_token), batch, reads, attention_mask=kept)
-        return batch
+            types, vision = self._types(input_ids, by_token, dummy), {} if dummy else batch
+            batch["position_ids"], batch["rope_deltas"] = self._mrope(types, vision, reads, attention_mask=kept)
+        return self._without_extras(batch, reads)
 
 
 def _name(sample, number: int) -> str:

@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from .. import binding
 from .call_sites import codes
 from .documents import documents, is_empty, numbers
+from .rewriting import inside, innermost
 
 #: a part of the names of the kernels that such layers call
 _KERNELS = ("causal_conv1d", "delta_rule", "selective_scan", "chunk_scan")
@@ -34,31 +35,32 @@ def bindings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable]]:
     for module in model.modules():
         children = [child for child in module.children() if _carries_over(type(child))]
         if children and _takes(type(module), "position_ids"):
-            yield module, "forward", _with_lengths(binding.method(module, "forward"))
+            yield module, "forward", _inside(binding.method(module, "forward"), _with_lengths)
             for child in children:
-                yield child, "forward", _by_document(binding.method(child, "forward"))
+                yield child, "forward", _inside(binding.method(child, "forward"), _by_document)
+
+
+@functools.cache
+def _inside(forward: Callable, wrapper: Callable) -> Callable:
+    return inside(forward, wrapper)
 
 
 @functools.cache
 def _carries_over(kind: type) -> bool:
     own = [function for owner in kind.__mro__ if not owner.__module__.startswith("torch.") for function in vars(owner).values()]
     functions = [function for function in own if isinstance(function, types.FunctionType)]
-    names = {name for function in functions for code in codes(_unwrapped(function).__code__) for name in code.co_names}
+    names = {name for function in functions for code in codes(innermost(function).__code__) for name in code.co_names}
     return _takes(kind, "hidden_states") and any(kernel in name for name in names for kernel in _KERNELS)
 
 
 def _takes(kind: type, name: str) -> bool:
     forward = getattr(kind, "forward", None)
-    return isinstance(forward, types.FunctionType) and name in _unwrapped(forward).__code__.co_varnames[: _unwrapped(forward).__code__.co_argcount]
+    if not isinstance(forward, types.FunctionType):
+        return False
+    code = innermost(forward).__code__
+    return name in code.co_varnames[: code.co_argcount]
 
 
-def _unwrapped(function: types.FunctionType) -> types.FunctionType:
-    while isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
-        function = function.__wrapped__
-    return function
-
-
-@functools.cache
 def _with_lengths(forward: Callable) -> Callable:
     """A decoder layer that tells the layers in it of the documents, if a row holds several."""
 
@@ -82,7 +84,6 @@ def _with_lengths(forward: Callable) -> Callable:
     return decoder_layer
 
 
-@functools.cache
 def _by_document(forward: Callable) -> Callable:
     """A layer that carries over, run for each document of each row."""
 

@@ -43,6 +43,16 @@ def rewritten(function: Callable, transform: Callable[[ast.FunctionDef], bool], 
         return _rewritten[key]
 
 
+def inside(function: Callable, wrapper: Callable[[Callable], types.FunctionType]) -> Callable:
+    """The function with a wrapper around the innermost, under all decorators: among those is gradient checkpointing.
+
+    Raises:
+        NotRewritable: a decorator that hides the function.
+    """
+    layers = _layers(function)
+    return _wrapped_again(layers, wrapper(layers[-1]))
+
+
 def innermost(function: Callable) -> Callable:
     """The function behind all decorators that say so by ``__wrapped__``."""
     return _layers(function)[-1]
