@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from . import call_sites, documents, merges, packed_masks
-from .rewriting import NotRewritable, rewritten
+from ..rewriting import NotRewritable, rewritten
 
 
 def rewritten_code(function: Callable, text_row: bool = False) -> Callable | None:

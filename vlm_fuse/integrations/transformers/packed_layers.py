@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from .. import binding
 from .call_sites import codes
 from .documents import documents, is_empty, numbers
-from .rewriting import inside, innermost
+from ..rewriting import inside, innermost
 
 #: a part of the names of the kernels that such layers call
 _KERNELS = ("causal_conv1d", "delta_rule", "selective_scan", "chunk_scan")

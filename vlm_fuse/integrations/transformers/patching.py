@@ -16,7 +16,7 @@ from torch import nn
 from .. import binding
 from . import call_sites, deepstack, packed_layers, rope_index
 from .calls import rewritten_code
-from .rewriting import NotRewritable, innermost
+from ..rewriting import NotRewritable, innermost
 
 #: nothing is merged in these, though some name what is looked for
 _NOT_MODELS = ("torch.", "transformers.modeling_utils", "transformers.generation.")
