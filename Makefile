@@ -17,12 +17,13 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench info native lint format clean
+.PHONY: help demo test test-all compatibility bench info native lint format clean
 
 help:
 	@echo "make demo    the main job on real pictures and text: checks, a table, a picture in out/"
 	@echo "make test    the tests, without those that take long"
 	@echo "make test-all  all tests, and those of the integrations on older releases of transformers, in environments of their own"
+	@echo "make compatibility  docs/compatibility.md, from three releases of transformers: some ten minutes"
 	@echo "make bench   benchmarks, written to benchmarks/results/"
 	@echo "make info    versions, and every backend with the reason why it is or is not there"
 	@echo "make native  compile csrc/ again in place, only what changed"
@@ -54,8 +55,11 @@ test-all: $(READY) $(TRANSFORMERS:%=.venv-transformers-%/.installed)
 	$(BASE_PYTHON) -m venv $(@D)
 	grep -v ^transformers== constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --constraint $(@D)/constraints.txt torch 'transformers==$*.*' \
-		accelerate peft pillow pytest 'pytest-xdist>=3.7' hypothesis numpy
+		accelerate peft pillow tqdm pytest 'pytest-xdist>=3.7' hypothesis numpy
 	@touch $@
+
+compatibility: $(READY) $(TRANSFORMERS:%=.venv-transformers-%/.installed)
+	@for python in .venv $(TRANSFORMERS:%=.venv-transformers-%); do PYTHONPATH=$(CURDIR) $$python/bin/python -W ignore tests/compatibility.py || exit 1; done
 
 info: $(READY)
 	@$(PYTHON) -m vlm_fuse info

@@ -159,6 +159,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small models, fewer rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default=None, help="folder below benchmarks/results")
+    parser.add_argument("--out", default=None, help="another folder")
     arguments = parser.parse_args()
     import transformers
 
@@ -168,7 +169,7 @@ def main() -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)  # or two unpatched runs differ
     found = [measure(make(arguments.quick), arguments.device, 2 if arguments.quick else 25) for make in (qwen2_5_vl, llava)]
     surroundings = environment(arguments.device)
-    folder = RESULTS / (arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}") / "patched"
+    folder = Path(arguments.out) if arguments.out else RESULTS / (arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}") / "patched"
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(folder / "patched.json", {"environment": surroundings, "busy": note, "results": found})
     heading = [

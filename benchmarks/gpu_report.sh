@@ -80,6 +80,12 @@ if wanted benchmarks; then  # first, while nothing else runs
         --pages default --budget 0.5 --limit "$(longest 50)" --out "$OUT"
     step "masks" "$(longest 40)" steps.log "$PYTHON" -m benchmarks.bench_masks --device "$DEVICE" "${QUICK_FLAG[@]}" --lengths "$LENGTHS" \
         --budget 0.3 --limit "$(longest 25)" --out "$WORK/masks"
+    if "$PYTHON" -c 'import transformers' 2>/dev/null; then
+        step "patched models" "$(longest 30)" steps.log "$PYTHON" -W ignore -m benchmarks.bench_patched --device "$DEVICE" --quick --out "$WORK/patched"
+        cp "$WORK/patched/patched.json" "$OUT/" 2>/dev/null
+    else
+        skip "patched models" "transformers is not installed"
+    fi
 
     NCU=$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | head -1)
     if [ -z "$GPU" ] || [ -z "$NCU" ]; then
@@ -95,7 +101,7 @@ fi
 FIRST=(tests/test_streams_and_graphs.py tests/test_cuda_allocation.py)
 LEFT_OUT=()
 for name in install headers emulator demo docs packing packing_ranks packing_stream packing_distributed padding_experiment \
-    collators_transformers cuda_compile cuda_sanitized triton_compile streams_and_graphs cuda_allocation; do
+    collators_transformers patched_families packed_families patched_rope_index patched_distributed attend_of_config nanovlm trainers cuda_compile cuda_sanitized triton_compile streams_and_graphs cuda_allocation; do
     LEFT_OUT+=(--ignore "tests/test_$name.py")
 done
 WORKERS=()
@@ -143,6 +149,8 @@ fi
     [ -f "$WORK/overhead/overhead.md" ] && sed -n '/^| us/,$p' "$WORK/overhead/overhead.md"
     echo; echo "## Masks"
     [ -f "$WORK/masks/masks.md" ] && sed -n '/^- /p;/^## Targets/,$p' "$WORK/masks/masks.md" | sed 's/^## /### /'
+    echo; echo "## Patched models"; echo
+    [ -f "$WORK/patched/patched.md" ] && sed -n '/^| model/,$p' "$WORK/patched/patched.md"
     echo; echo "## Targets"; echo
     [ -f "$OUT/results.md" ] && sed -n '/^## Targets/,/^## /p' "$OUT/results.md" | grep -v '^## '
     if [ -s "$WORK/ncu.csv" ]; then

@@ -7,7 +7,7 @@ import inspect
 import torch
 
 import vlm_fuse
-from families.batches import _maker, placeholder, rows_of
+from families.batches import maker_of, placeholder, rows_of
 from families.registry import Family
 
 #: of each document the parts: words, and "image". Images stand at both ends of documents, and on both sides of a boundary.
@@ -40,7 +40,7 @@ class Documents:
         numbers = [number for _, own in documents for number in own]
         made = {"input_ids": ids, "use_cache": False}
         if numbers:
-            made |= _maker(self.family, "image")(self.model.config, numbers)
+            made |= maker_of(self.family, "image")(self.model.config, numbers)
         taken = inspect.signature(self.model.forward).parameters
         types = (ids == self.token).int()
         made |= {name: types for name in ("mm_token_type_ids",) if name in taken}

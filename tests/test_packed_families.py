@@ -5,11 +5,13 @@ import functools
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
+import vlm_fuse  # noqa: E402
+from families.batches import features_of  # noqa: E402
 from families.registry import FAMILIES  # noqa: E402
 from packed_documents import Documents  # noqa: E402
-from vlm_fuse.integrations.transformers import patched  # noqa: E402
+from vlm_fuse.integrations.transformers import attend, patch, patched  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.filterwarnings("ignore:vlm_fuse left as it is")]
 
@@ -130,6 +132,37 @@ def test_padding_behind_the_documents_changes_nothing(name):
             torch.testing.assert_close(logits(made, packed)[:length], expected, atol=CLOSE * 3, rtol=CLOSE)
 
 
+@pytest.mark.parametrize("name", ["llava", "mistral3", "gemma3", "gemma4_vision", "qwen2_5_vl", "qwen3_5", "lfm2_vl"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.full)])
+def test_merged_rows_with_model_kwargs(name, implementation):
+    """The merge outside the model, and everything that belongs to it in one call."""
+    made = ready(name, "sdpa")
+    model, packed = made.model, made.packed
+    inputs = {key: value for key, value in packed.items() if key not in ("input_ids", "position_ids", "use_cache", "mm_token_type_ids", "token_type_ids")}
+    features = inputs["mm_encoder_outputs"]["image"].pooler_output if "mm_encoder_outputs" in inputs else features_of(model, "image", inputs)
+    own = torch.repeat_interleave(torch.arange(len(made.lengths)), torch.tensor(made.lengths))[None]
+    with torch.no_grad():
+        expected = torch.cat([logits(made, alone) for alone in made.alone])
+        try:
+            model.set_attn_implementation(implementation)
+        except ValueError:
+            pytest.skip("the family does not support it")
+        for module in model.modules():  # the tower needs no mask
+            if "ision" in type(getattr(module, "config", None)).__name__:
+                module.config._attn_implementation = "sdpa"
+        rows = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+        ids = packed["input_ids"]
+        merged = vlm_fuse.merge(ids, model.get_input_embeddings()(ids), rows, image_token_id=made.token, document_ids=own, attend=attend(model))
+        given = merged.model_kwargs(implementation)
+        if packed["position_ids"].dim() == 3:
+            given["position_ids"] = packed["position_ids"]
+        if name.startswith("gemma"):
+            given.pop("mm_token_type_ids", None)  # the mask says it
+        with patched(model):
+            found = model(inputs_embeds=merged.inputs_embeds, use_cache=False, **given).logits[0]
+    torch.testing.assert_close(found, expected, atol=CLOSE * 3, rtol=CLOSE)
+
+
 @pytest.mark.skipif(RELEASE != (5, 23), reason="the table is that of 5.23")
 @pytest.mark.parametrize("name", [name for name in (*ISOLATED, *LEAKING) if name in ALWAYS and FAMILIES[name].installed])
 def test_what_transformers_itself_isolates(name):
@@ -199,3 +232,11 @@ def _gradient(made: Documents) -> torch.Tensor:
     made.model.zero_grad()
     logits(made, made.packed).square().mean().backward()
     return torch.cat([value.grad.flatten() for value in made.model.parameters() if value.grad is not None])
+
+
+def test_layers_that_cannot_be_reached_are_listed():
+    model = FAMILIES["lfm2_vl"].build()
+    layer = model.model.language_model.layers[0]
+    layer.forward = lambda *args, **kwargs: None
+    with pytest.warns(UserWarning, match=r"Lfm2DecoderLayer.forward: .*lambda.* was put on the instance in its place"):
+        patch(model)

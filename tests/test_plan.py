@@ -318,3 +318,30 @@ def test_ids_of_other_integer_types(backend, device):
     arguments = case.settings(device) | case.kinds_for_plan(device)
     arguments["image_token_id"] = tuple(numpy.int64(token) for token in arguments["image_token_id"])
     check_plan(vlm_fuse.plan(case.input_ids(device), backend=backend, **arguments), case)
+
+
+def test_the_number_of_rows_may_be_said_without_sizes(backend, device):
+    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool, device=device)
+    made = vlm_fuse.plan(None, placeholder_mask=mask, feature_rows=3, backend=backend)
+    assert made.source_index.tolist() == [[-1, 0, 1, -4], [2, -6, -7, -8]]
+    with pytest.raises(ValueError, match="sample 1 has 1 placeholders .* 3 placeholders and 2 feature rows"):
+        vlm_fuse.plan(None, placeholder_mask=mask, feature_rows=2, backend=backend, validate="sync")
+    with pytest.raises(ValueError, match="4 feature rows but 3 placeholders"):
+        vlm_fuse.plan(None, placeholder_mask=mask, feature_rows=4, backend=backend, validate="sync")
+    unused = vlm_fuse.plan(None, placeholder_mask=mask, feature_rows=4, unused_features="allow", backend=backend)
+    assert torch.equal(unused.source_index, made.source_index)
+    ids = torch.where(mask, 7, 5)
+    ids[1, 3] = 8
+    kinds = vlm_fuse.plan(ids, image_token_id=(7, 8), feature_rows={7: 3, 8: 1}, backend=backend)
+    assert kinds.feature_starts == (0, 3, 4) and kinds.source_index[1].tolist() == [2, -6, -7, 3]
+
+
+@pytest.mark.parametrize("rows", [-1, 1.5, True, "3"])
+def test_a_number_of_rows_that_is_none_is_refused(rows):
+    with pytest.raises(ValueError, match="feature_rows: expected a number of rows"):
+        vlm_fuse.plan(None, placeholder_mask=torch.ones(1, 2, dtype=torch.bool), feature_rows=rows)
+
+
+def test_rows_of_no_kind_are_refused():
+    with pytest.raises(ValueError, match="image_token_id: .*feature_rows"):
+        vlm_fuse.plan(torch.ones(1, 2, dtype=torch.int64), feature_rows=2)

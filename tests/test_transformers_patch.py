@@ -398,6 +398,31 @@ def test_unpatching_a_compiled_model():
         torch.testing.assert_close(compiled(**batch()).logits, expected)
 
 
+# -- on a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_and_a_mismatch_is_raised_later():
+    model = llava().cuda()
+    given = {name: value.cuda() for name, value in batch().items()}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    expected = step(model, **given)
+    with patched(model):
+        for one, other in zip(step(model, **given), expected):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        wrong = {name: value.cuda() for name, value in batch(rows=5).items()}
+        model(**wrong)
+        torch.cuda.synchronize()
+        with pytest.raises(ValueError, match="9 placeholders and 8 feature rows"):
+            for _ in range(3):
+                model(**given)
+                torch.cuda.synchronize()
+        model(**given)
+        model(**wrong)
+        with pytest.raises(ValueError, match="placeholders"):
+            vlm_fuse.raise_errors()
+
+
 # -- the calls themselves ------------------------------------------------------------------------------------------------
 
 

@@ -21,12 +21,12 @@ def rows_of(model, family: Family, kind: str, number: int) -> int:
     """Feature rows of one image or video, as the model's own tower makes them."""
     if family.rows is not None:
         return family.rows
-    features = _features(model, kind, _maker(family, kind)(model.config, [number]))
+    features = features_of(model, kind, maker_of(family, kind)(model.config, [number]))
     width = model.get_input_embeddings().embedding_dim
     return sum(part.numel() for part in features) // width
 
 
-def _features(model, kind: str, inputs: dict) -> list[Tensor]:
+def features_of(model, kind: str, inputs: dict) -> list[Tensor]:
     inner = getattr(model, "model", model)
     make = getattr(inner, f"get_{kind}_features", None) or getattr(model, f"get_{kind}_features")
     taken = inspect.signature(make).parameters
@@ -42,7 +42,7 @@ def _features(model, kind: str, inputs: dict) -> list[Tensor]:
     return _tensors(getattr(made, "last_hidden_state", made) if pooled is None else pooled)
 
 
-def _maker(family: Family, kind: str):
+def maker_of(family: Family, kind: str):
     maker = {"image": family.images, "video": family.videos, "audio": family.sounds}[kind]
     if maker is None:
         raise NotPossible
@@ -68,7 +68,7 @@ def batch(model, family: Family, situation: str) -> dict:
         NotPossible: no such batch exists for the family.
     """
     kind = {"video": "video", "audio": "audio"}.get(situation, "audio" if family.images is None else "image")
-    maker = _maker(family, kind)
+    maker = maker_of(family, kind)
     rows = {"one_image": [[0]], "no_image": [[], []], "row_without_images": [[0, 1], []], "video": [[0, 1], [1]]}.get(situation, [[0, 1], [1]])
     if family.one_each:
         if situation not in ("several_images", "left_padded", "one_image", "more_placeholders", "more_features"):
@@ -112,7 +112,7 @@ def _precomputed(model, family: Family, made: dict, numbers: list, taken) -> Non
     """What the tower makes handed in beside the ids, where the model takes that."""
     if "mm_encoder_outputs" not in taken or "mm_encoder_outputs" in made:
         raise NotPossible
-    inputs = _maker(family, "image")(model.config, numbers)
+    inputs = maker_of(family, "image")(model.config, numbers)
     inner = getattr(model, "model", model)
     make = getattr(inner, "get_image_features", None) or model.get_image_features
     with torch.no_grad():

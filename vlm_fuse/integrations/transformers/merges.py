@@ -30,10 +30,11 @@ def masked_scatter(inputs_embeds: Tensor, mask: Tensor, source: Tensor) -> Tenso
     rows = _rows(mask, inputs_embeds)
     if rows is None or not _features(source, inputs_embeds):
         return inputs_embeds.masked_scatter(mask, source)
-    if not (inputs_embeds.is_cpu or is_compiling()):
-        vlm_fuse.raise_errors(inputs_embeds.device, wait=False)  # what an earlier call has flagged, if the host knows of it by now
     source = source.reshape(-1, inputs_embeds.shape[-1])
-    return vlm_fuse.merge(None, inputs_embeds, source, placeholder_mask=rows, unused_features="allow").inputs_embeds
+    merged = vlm_fuse.merge(None, inputs_embeds, source, placeholder_mask=rows, unused_features="allow").inputs_embeds
+    if not (inputs_embeds.is_cpu or is_compiling()):
+        vlm_fuse.raise_errors(inputs_embeds.device, wait=False)  # of earlier forwards; and sends for what this one has flagged
+    return merged
 
 
 def assigned(inputs_embeds: Tensor, mask, source) -> Tensor:

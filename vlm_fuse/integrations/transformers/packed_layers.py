@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from .. import binding
 from .call_sites import codes
 from .documents import documents, is_empty, numbers
-from ..rewriting import inside, innermost
+from ..rewriting import NotRewritable, inside, innermost
 
 #: a part of the names of the kernels that such layers call
 _KERNELS = ("causal_conv1d", "delta_rule", "selective_scan", "chunk_scan")
@@ -30,14 +30,21 @@ _CACHES = ("cache_params", "past_key_values")
 _lengths: ContextVar[list[list[int]] | None] = ContextVar("lengths of the documents of each row", default=None)
 
 
-def bindings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable]]:
-    """(module, name, what runs in its place) of the layers, and of the decoder layers that they stand in."""
+def bindings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable | str]]:
+    """(module, name, what runs in its place) of the layers, and of the decoder layers that they stand in, or why nothing does."""
     for module in model.modules():
         children = [child for child in module.children() if _carries_over(type(child))]
         if children and _takes(type(module), "position_ids"):
-            yield module, "forward", _inside(binding.method(module, "forward"), _with_lengths)
+            yield module, "forward", _made(module, _with_lengths)
             for child in children:
-                yield child, "forward", _inside(binding.method(child, "forward"), _by_document)
+                yield child, "forward", _made(child, _by_document)
+
+
+def _made(module: nn.Module, wrapper: Callable) -> Callable | str:
+    try:
+        return _inside(binding.method(module, "forward"), wrapper)
+    except (binding.Unreachable, NotRewritable) as reason:
+        return str(reason)
 
 
 @functools.cache

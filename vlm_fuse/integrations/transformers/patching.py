@@ -46,10 +46,12 @@ def patch(model: nn.Module) -> None:
     patched, a pickle of it loads unpatched. Threads may patch, unpatch and run at the same time.
 
     Example:
-        >>> import torch, transformers  # doctest: +SKIP
+        >>> import transformers
         >>> from vlm_fuse.integrations.transformers import patch
-        >>> model = transformers.AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")  # doctest: +SKIP
-        >>> patch(model)  # doctest: +SKIP
+        >>> small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+        >>> text, vision = transformers.LlamaConfig(**small), transformers.CLIPVisionConfig(**small)
+        >>> model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
+        >>> patch(model)
 
     Source: the merges, checks and masks that are replaced are those of huggingface/transformers, ``models/*/modeling_*.py``.
     """
@@ -59,8 +61,8 @@ def patch(model: nn.Module) -> None:
     found = False
     more: dict[nn.Module, list[tuple[str, Callable]]] = {}
     for module, name, instead in (*packed_layers.bindings(model), *rope_index.bindings(model)):
-        if instead is None:
-            left[f"{type(module).__name__}.{name}: its positions are of another kind than vlm_fuse.mrope_position_ids makes"] = None
+        if isinstance(instead, str):
+            left[f"{type(module).__name__}.{name}: {instead}"] = None
         else:
             more.setdefault(module, []).append((name, instead))
     for module in model.modules():
@@ -95,9 +97,13 @@ def patched(model: nn.Module) -> Iterator[nn.Module]:
         model: as in `patch`; the value of the block.
 
     Example:
+        >>> import transformers
         >>> from vlm_fuse.integrations.transformers import patched
-        >>> with patched(model):  # doctest: +SKIP
-        ...     loss = model(**batch).loss
+        >>> small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+        >>> text, vision = transformers.LlamaConfig(**small), transformers.CLIPVisionConfig(**small)
+        >>> model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
+        >>> with patched(model):
+        ...     pass  # model(**batch)
     """
     patch(model)
     try:

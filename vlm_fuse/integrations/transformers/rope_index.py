@@ -32,13 +32,17 @@ class Rule(NamedTuple):
     videos: bool = True  # or images alone: batches with videos are left to the model's own
 
 
-def bindings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable | None]]:
-    """(module, name, what runs in its place) of every module that has the method; None where its positions are of another kind."""
+def bindings(model: nn.Module) -> Iterator[tuple[nn.Module, str, Callable | str]]:
+    """(module, name, what runs in its place) of every module that has the method, or why nothing does."""
     for module in model.modules():
         if not callable(getattr(type(module), NAME, None)):
             continue
         constants = _constants(module)
-        yield module, NAME, None if constants is None else _found(binding.method(module, NAME), module, constants)
+        try:
+            found = None if constants is None else _found(binding.method(module, NAME), module, constants)
+        except binding.Unreachable as reason:
+            found = str(reason)
+        yield module, NAME, found or "its positions are of another kind than vlm_fuse.mrope_position_ids makes"
 
 
 def _constants(module: nn.Module) -> tuple[int, float] | None:
