@@ -9,6 +9,7 @@ Facts are in docs/compatibility/transformers-<release>.json, one file a release.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
@@ -52,7 +53,7 @@ def facts() -> dict:
     sys.path.insert(0, str(Path(__file__).parent))
     from families.registry import FAMILIES
     from test_packed_families import ISOLATED, LEAKING
-    from test_patched_families import ALWAYS, COUNTED, MISMATCHES, SITUATIONS, NotPossible, compare, ready
+    from test_patched_families import ALWAYS, COUNTED, compare_all, ready
     from tqdm import tqdm
 
     torch.set_num_threads(1)
@@ -67,13 +68,7 @@ def facts() -> dict:
         except BaseException as error:  # pytest's Skipped: an older release does not run it
             found[name] = row | {"left_out": str(error)[:120]}
             continue
-        done = {}
-        for situation in SITUATIONS:
-            if situation not in MISMATCHES:
-                try:
-                    done[situation] = compare(name, situation)
-                except NotPossible:
-                    continue
+        done = compare_all(name)
         several = done["several_images"]
         row["batches"] = len(done)
         row["scatters"] = [several[when]["masked_scatter"] for when in ("before", "after")]
@@ -81,7 +76,8 @@ def facts() -> dict:
         if name in (*ISOLATED, *LEAKING):
             row["packed"] = {implementation: _packed(name, implementation) for implementation in IMPLEMENTATIONS}
         if name in ALWAYS:
-            row["graphs"] = _graphs(model, family)
+            with contextlib.suppress(torch._dynamo.exc.TorchDynamoException, RuntimeError):  # what Dynamo cannot trace unpatched either
+                row["graphs"] = _graphs(model, family)
         found[name] = row
     return {"transformers": transformers.__version__, "torch": torch.__version__, "families": found}
 
