@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from packing_sources import CAPACITY, ByIndex, numbers, size_of
+from two_ranks import run_on_two_ranks
 from vlm_fuse.packing import PackedDataset, PackedStream, RankSampler, pack_lengths
 
 
@@ -54,11 +54,7 @@ def only(batch):
 
 def test_two_ranks_share_every_sample(tmp_path):
     pytest.importorskip("torchdata")
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("no gloo")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_on_two_ranks(__file__, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     for name in ("rows", "stream"):
         assert sorted(number for own in found[name] for row in own for number in row) == list(range(200))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 pytest.importorskip("transformers", minversion="4.57")
 
 from tiny_llava import batch, llava, scatters, step  # noqa: E402
+from two_ranks import run_on_two_ranks  # noqa: E402
 from vlm_fuse.integrations.transformers import patch, unpatch  # noqa: E402
 
 
@@ -60,11 +60,7 @@ def work(folder: str) -> None:
 
 
 def test_two_ranks(tmp_path):
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("no gloo")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_on_two_ranks(__file__, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == 4
     for case, facts in found.items():

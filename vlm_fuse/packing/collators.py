@@ -20,7 +20,6 @@ from .dummy import DummyImage
 from .samples import Read, SampleFormat
 from .vision import join
 
-
 #: keys of a batch that no model's forward takes in training, besides what samples bring along.
 EXTRAS = ("plan", "token_counts", "loss_weights", "cu_seqlens_padded", "rope_deltas")
 
