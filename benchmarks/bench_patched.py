@@ -167,7 +167,7 @@ def main() -> int:
     torch.manual_seed(0)
     if arguments.device != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)  # or two unpatched runs differ
-    found = [measure(make(arguments.quick), arguments.device, 2 if arguments.quick else 25) for make in (qwen2_5_vl, llava)]
+    found = [measure(make(arguments.quick), arguments.device, 2 if arguments.quick else 20) for make in (qwen2_5_vl, llava)]
     surroundings = environment(arguments.device)
     folder = Path(arguments.out) if arguments.out else RESULTS / (arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}") / "patched"
     folder.mkdir(parents=True, exist_ok=True)
