@@ -1,6 +1,7 @@
 """The table of docs/compatibility.md, from what the tests of the families run.
 
     python tests/compatibility.py            run every family on the installed transformers, write its facts, and the page
+    python tests/compatibility.py llava      some families, into the facts that are there, and the page
     python tests/compatibility.py --page     the page alone, from the facts of all releases that have run
 
 Facts are in docs/compatibility/transformers-<release>.json, one file a release. `make compatibility` runs all three releases.
@@ -45,22 +46,23 @@ cannot be rewritten is listed by a warning. M-RoPE's positions are left to the m
 and MiniCPM-V 4.7. A step under bfloat16 convolutions of GOT-OCR2 is another one each time, patched or not."""
 
 
-def facts() -> dict:
-    """Every family on the installed release."""
+def facts(only: list[str]) -> dict:
+    """Every family on the installed release, or only some."""
     import torch
     import transformers
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from families.registry import FAMILIES
-    from test_packed_families import ISOLATED, LEAKING
-    from test_patched_families import ALWAYS, COUNTED, RELEASE, compare_all, ready
     from tqdm import tqdm
+
+    from families.registry import FAMILIES
+    from packed_documents import ISOLATED, LEAKING
+    from test_patched_families import ALWAYS, COUNTED, RELEASE, compare_all, ready
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = {}
     for name, family in tqdm(FAMILIES.items(), file=sys.stderr):
-        if not family.installed:
+        if not family.installed or (only and name not in only):
             continue
         row = {"model": family.model, "merge": family.merge}
         try:
@@ -159,12 +161,17 @@ def releases() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python tests/compatibility.py", description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="only these")
     parser.add_argument("--page", action="store_true", help="write the page alone")
-    if not parser.parse_args().page:
-        made = facts()
+    arguments = parser.parse_args()
+    if not arguments.page:
+        made = facts(arguments.families)
         FACTS.mkdir(exist_ok=True)
         release = ".".join(made["transformers"].split(".")[:2])
-        (FACTS / f"transformers-{release}.json").write_text(json.dumps(made, indent=1) + "\n")
+        path = FACTS / f"transformers-{release}.json"
+        if arguments.families:
+            made["families"] = json.loads(path.read_text())["families"] | made["families"]
+        path.write_text(json.dumps(made, indent=1) + "\n")
     PAGE.write_text(page(releases()))
 
 

@@ -10,6 +10,13 @@ import vlm_fuse
 from families.batches import maker_of, placeholder, rows_of
 from families.registry import Family
 
+#: isolated by transformers 5.23 itself, where position_ids begin anew and neither a mask nor a cache is given
+ISOLATED = (
+    "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "idefics3", "internvl", "mistral3", "glm4v", "aya_vision", "gemma4",
+    "llava_next", "llava_onevision", "vipllava", "lighton_ocr", "ovis2", "llama4", "glm46v", "paddleocr_vl",
+)  # fmt: skip
+#: not isolated by it
+LEAKING = ("gemma3", "gemma4_vision", "paligemma", "molmo2", "qwen3_5", "qwen3_5_moe", "lfm2_vl")
 #: of each document the parts: words, and "image". Images stand at both ends of documents, and on both sides of a boundary.
 DOCUMENTS = [["image", 11, 12, "image"], ["image", 13], [14, 15, 16], [17, "image"], ["image"]]
 

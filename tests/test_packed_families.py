@@ -5,24 +5,17 @@ import functools
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="4.57")
+transformers = pytest.importorskip("transformers", minversion="5.17")
 
 import vlm_fuse  # noqa: E402
 from families.batches import features_of  # noqa: E402
 from families.registry import FAMILIES  # noqa: E402
-from packed_documents import Documents  # noqa: E402
+from packed_documents import ISOLATED, LEAKING, Documents  # noqa: E402
 from vlm_fuse.integrations.transformers import attend, patch, patched  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.filterwarnings("ignore:vlm_fuse left as it is")]
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-#: isolated by transformers 5.23 itself, where position_ids begin anew and neither a mask nor a cache is given
-ISOLATED = (
-    "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "idefics3", "internvl", "mistral3", "glm4v", "aya_vision", "gemma4",
-    "llava_next", "llava_onevision", "vipllava", "lighton_ocr", "ovis2", "llama4", "glm46v", "paddleocr_vl",
-)  # fmt: skip
-#: not isolated by it
-LEAKING = ("gemma3", "gemma4_vision", "paligemma", "molmo2", "qwen3_5", "qwen3_5_moe", "lfm2_vl")
 ALWAYS = {"llava", "qwen2_5_vl", "qwen3_vl", "mistral3", "glm4v", "gemma4", "llama4", *LEAKING}
 every_family = pytest.mark.parametrize(
     "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.full) for name in (*ISOLATED, *LEAKING) if FAMILIES[name].installed]

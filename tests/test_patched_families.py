@@ -19,7 +19,7 @@ INSTALLED = [name for name, family in FAMILIES.items() if family.installed]
 #: each of another kind; the others with --full
 ALWAYS = {
     "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "idefics3", "kosmos2", "llava_onevision", "glm4v", "paligemma", "mistral3", "blip_2", "lfm2_vl", "audioflamingo3",
-    "smolvlm", "llama4",
+    "smolvlm", "llama4", "kosmos2_5",
 }  # fmt: skip
 every_family = pytest.mark.parametrize("name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.full) for name in INSTALLED])
 MISMATCHES = ("more_placeholders", "more_features")
@@ -139,7 +139,7 @@ def test_images_matter(name):
     """What is compared depends on every image: else nothing would be seen of a wrong merge."""
     model, family = ready(name), FAMILIES[name]
     inputs = batch(model, family, "several_images")
-    pixels = next(key for key in inputs if key.startswith(("pixel_values", "input_features", "mm_encoder_outputs")))
+    pixels = next(key for key in inputs if key.startswith(("pixel_values", "flattened_patches", "input_features", "mm_encoder_outputs")))
     model.eval()
     with torch.no_grad():
         before = model(**inputs).logits

@@ -38,6 +38,8 @@ def features_of(model, kind: str, inputs: dict) -> list[Tensor]:
             given[name] = getattr(model.config, name)
     with torch.no_grad():
         made = make(**given)
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], (list, tuple)):  # before 5.0 DeepStack's features came second
+        made = made[0]
     pooled = getattr(made, "pooler_output", None)
     return _tensors(getattr(made, "last_hidden_state", made) if pooled is None else pooled)
 

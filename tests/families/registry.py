@@ -49,6 +49,8 @@ class Family:
 
 
 _MROPE = {"text_config.rope_scaling" if transformers.__version__ < "5" else "text_config.rope_parameters": dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2], partial_rotary_factor=1.0)}
+#: of configs that had none of their own before 5.0
+_OLD_MROPE = _MROPE if transformers.__version__ < "5" else {}
 _GEMMA4 = {
     "audio_config": None, "text_config.hidden_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 0, "text_config.layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
@@ -71,11 +73,19 @@ def _with_tile_mask(config, numbers) -> dict:
     return towers.in_rows(config, numbers) | {"pixel_attention_mask": torch.ones(1, len(numbers), dtype=torch.bool)}
 
 
+def _flattened(config, numbers) -> dict:
+    """Patches in a row, each behind the row and column where it stands."""
+    places = torch.tensor([[1.0, 1], [1, 2], [2, 1], [2, 2]])
+    width = config.vision_config.patch_embed_hidden_size
+    pixels = torch.stack([torch.cat([places, towers.random_values(number, 4, width)], 1) for number in numbers])
+    return {"flattened_patches": pixels, "width": torch.full((len(numbers),), 2.0), "height": torch.full((len(numbers),), 2.0)}
+
+
 def _naflex(config, numbers) -> dict:
     """Patches of each image in a row of its own, with how they stand."""
     vision = config.vision_config
     count, width = 8, vision.num_channels * vision.patch_size**2
-    pixels = torch.stack([towers._random(number, count, width) for number in numbers])
+    pixels = torch.stack([towers.random_values(number, count, width) for number in numbers])
     return {"pixel_values": pixels, "spatial_shapes": torch.tensor([[2, 4]] * len(numbers)), "pixel_attention_mask": torch.ones(len(numbers), count, dtype=torch.int64)}
 
 
@@ -108,6 +118,10 @@ FAMILIES = {
     "internvl": Family("InternVLForConditionalGeneration", towers.pictures, changes={"vision_config.image_size": [32, 32]}),
     "janus": Family("JanusForConditionalGeneration", towers.pictures, changes={"vq_config.base_channels": 32}),
     "kosmos2": Family("Kosmos2ForConditionalGeneration", towers.pictures, changes={"latent_query_num": 3}, rows=3, one_each=True, merge="embeds[mask] = features"),
+    "kosmos2_5": Family(
+        "Kosmos2_5ForConditionalGeneration", _flattened, changes={"latent_query_num": 3, "vision_config.patch_embed_hidden_size": 12}, rows=3, one_each=True,
+        merge="embeds[mask] = features",
+    ),
     "lfm2_vl": Family("Lfm2VlForConditionalGeneration", _naflex, changes={"text_config.layer_types": ["conv", "full_attention"]}),
     "lfm3_vl": Family("Lfm3VlForConditionalGeneration", towers.patches, towers.film_patches),
     "lighton_ocr": Family("LightOnOcrForConditionalGeneration", towers.sized, changes={"vision_config.image_size": 32}),
@@ -132,8 +146,8 @@ FAMILIES = {
     "qwen3_5": Family("Qwen3_5ForConditionalGeneration", towers.patches, towers.film_patches, frames_apart=True),
     "qwen3_5_moe": Family("Qwen3_5MoeForConditionalGeneration", towers.patches, towers.film_patches, frames_apart=True),
     "qwen3_omni_moe": Family("Qwen3OmniMoeThinkerForConditionalGeneration", towers.patches, afterwards=_OMNI, merge="masked_scatter, DeepStack"),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", towers.patches, towers.film_patches, frames_apart=True, merge="masked_scatter, DeepStack"),
-    "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration", towers.patches, towers.film_patches, frames_apart=True, merge="masked_scatter, DeepStack"),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", towers.patches, towers.film_patches, changes=_OLD_MROPE, frames_apart=True, merge="masked_scatter, DeepStack"),
+    "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration", towers.patches, towers.film_patches, changes=_OLD_MROPE, frames_apart=True, merge="masked_scatter, DeepStack"),
     "smolvlm": Family("SmolVLMForConditionalGeneration", towers.in_rows, changes={"vision_config.image_size": 32}),
     "ultravbert": Family("UltraVBertForMaskedLM", towers.in_rows, changes={"pixel_shuffle_factor": 2, "vision_config.image_size": 32}),
     "video_llama_3": Family("VideoLlama3ForConditionalGeneration", _with_merge_sizes),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 
-def _random(number: int, *shape: int) -> torch.Tensor:
+def random_values(number: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + number))
 
 
@@ -19,12 +19,12 @@ def _side(config) -> int:
 
 def pictures(config, numbers, **more) -> dict:
     """``(images, 3, side, side)``."""
-    return {"pixel_values": torch.stack([_random(number, 3, _side(config), _side(config)) for number in numbers]), **more}
+    return {"pixel_values": torch.stack([random_values(number, 3, _side(config), _side(config)) for number in numbers]), **more}
 
 
 def of_side(side: int):
     def maker(config, numbers) -> dict:
-        return {"pixel_values": torch.stack([_random(number, 3, side, side) for number in numbers])}
+        return {"pixel_values": torch.stack([random_values(number, 3, side, side) for number in numbers])}
 
     return maker
 
@@ -37,7 +37,7 @@ def sized(config, numbers) -> dict:
 def tiles(config, numbers) -> dict:
     """``(images, tiles, 3, side, side)`` with the size that the tiles were cut from, as LLaVA-NeXT takes them."""
     side = _side(config)
-    pixels = torch.stack([_random(number, 2, 3, side, side) for number in numbers])
+    pixels = torch.stack([random_values(number, 2, 3, side, side) for number in numbers])
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]] * len(numbers))}
 
 
@@ -53,7 +53,7 @@ def patches(config, numbers, *, kind: str = "image", frames: int = 1) -> dict:
     grids = [(frames, 2 * merge, merge * (1 + number % 2)) for number in numbers]
     width = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or getattr(vision, "num_channels", 3)
     width *= (getattr(vision, "temporal_patch_size", None) or 1) * patch**2
-    pixels = torch.cat([_random(number, t * h * w, width) for number, (t, h, w) in zip(numbers, grids)])
+    pixels = torch.cat([random_values(number, t * h * w, width) for number, (t, h, w) in zip(numbers, grids)])
     names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
     return dict(zip(names, (pixels, torch.tensor(grids))))
 
@@ -69,7 +69,7 @@ def square_patches(config, numbers, **more) -> dict:
 def films(config, numbers) -> dict:
     """``(videos, frames, 3, side, side)``."""
     side = _side(config)
-    return {"pixel_values_videos": torch.stack([_random(number, 2, 3, side, side) for number in numbers])}
+    return {"pixel_values_videos": torch.stack([random_values(number, 2, 3, side, side) for number in numbers])}
 
 
 def film_patches(config, numbers) -> dict:
@@ -80,7 +80,7 @@ def sounds(config, numbers) -> dict:
     """``(sounds, mel bins, frames)``, as Whisper takes them."""
     audio = config.audio_config
     frames = 2 * getattr(audio, "max_source_positions", 16)
-    mels = torch.stack([_random(number, audio.num_mel_bins, frames) for number in numbers])
+    mels = torch.stack([random_values(number, audio.num_mel_bins, frames) for number in numbers])
     return {"input_features": mels, "input_features_mask": torch.ones(len(numbers), frames, dtype=torch.int64)}
 
 
@@ -96,4 +96,4 @@ def features(config, numbers) -> dict:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     width = config.get_text_config().hidden_size
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[_random(number, ROWS, width) for number in numbers])}}
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[random_values(number, ROWS, width) for number in numbers])}}
