@@ -7,11 +7,13 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask  # noqa: E402
+
 import vlm_fuse  # noqa: E402
 from families.batches import features_of  # noqa: E402
 from families.registry import FAMILIES  # noqa: E402
 from packed_documents import ISOLATED, LEAKING, Documents  # noqa: E402
-from vlm_fuse.integrations.transformers import attend, patch, patched  # noqa: E402
+from vlm_fuse.integrations.transformers import attend, packed_masks, patch, patched  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.filterwarnings("ignore:vlm_fuse left as it is")]
 
@@ -104,25 +106,37 @@ def test_gradients_are_the_sum_of_those_alone(name):
         assert (found[key] - value).norm() <= CLOSE * whole, key
 
 
-@pytest.mark.parametrize("name", [name for name in (*ISOLATED, *LEAKING) if name in ALWAYS])
-def test_padding_behind_the_documents_changes_nothing(name):
-    """A tail under attention_mask 0, whose positions are 0."""
+@every_family
+@pytest.mark.parametrize("where", ["behind", "before", "between"])
+def test_padding_changes_nothing(name, where):
+    """Two rows under attention_mask 0, whose positions are 0 there."""
     made = ready(name, "sdpa")
-    tail, length = 3, sum(made.lengths)
-    packed = dict(made.packed)
-    for key in ("input_ids", "mm_token_type_ids", "token_type_ids"):
-        if key in packed:
-            packed[key] = torch.nn.functional.pad(packed[key], (0, tail), value=1 if key == "token_type_ids" and made.model.config.model_type == "paligemma" else 0)
-    packed["position_ids"] = torch.nn.functional.pad(packed["position_ids"], (0, tail))
-    packed["attention_mask"] = (torch.arange(length + tail) < length).long()[None]
+    rows, kept = in_two_rows(made, where)
     with torch.no_grad():
         expected = torch.cat([logits(made, alone) for alone in made.alone])
         with patched(made.model):
-            if name == "llama4":
-                with pytest.raises(NotImplementedError, match="chunks are counted from the start of each document"):
-                    logits(made, packed)
-                return
-            torch.testing.assert_close(logits(made, packed)[:length], expected, atol=CLOSE, rtol=0)
+            for mask in (kept.long(), kept):
+                torch.manual_seed(0)
+                found = made.model(**(rows | {"attention_mask": mask})).logits
+                torch.testing.assert_close(found[kept], expected, atol=CLOSE, rtol=0)
+
+
+def in_two_rows(made: Documents, where: str) -> tuple[dict, torch.Tensor]:
+    """The packed row's documents in two rows, the first two and the others, and which of their tokens are no padding."""
+    packed, first = made.packed, sum(made.lengths[:2])
+    sizes = [first, sum(made.lengths) - first]
+    length = max(sizes) + 3
+    source = torch.full((2, length), -1)
+    for row, (begin, size, document) in enumerate(zip((0, first), sizes, (made.lengths[0], made.lengths[2]))):
+        tokens = begin + torch.arange(size)
+        if where == "between":  # the first document of the row, two of padding, the others
+            source[row, :document], source[row, document + 2 : size + 2] = tokens[:document], tokens[document:]
+        else:
+            source[row, :size] = tokens
+            source[row] = source[row].roll(length - size if where == "before" else 0)
+    kept, padding = source >= 0, {"token_type_ids": int(made.model.config.model_type == "paligemma")}
+    keys = [key for key in ("input_ids", "mm_token_type_ids", "token_type_ids", "position_ids") if key in packed]
+    return packed | {key: torch.where(kept, packed[key][..., 0, source.clamp(min=0)], padding.get(key, 0)) for key in keys}, kept
 
 
 @pytest.mark.parametrize("name", ["llava", "mistral3", "gemma3", "gemma4_vision", "qwen2_5_vl", "qwen3_5", "lfm2_vl"])
@@ -167,7 +181,7 @@ def test_what_transformers_itself_isolates(name):
     assert (off < 1e-4) == (name in ISOLATED), f"{name}: off by {off:.1g}"
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.full), pytest.param("paligemma", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["llava", "gemma3", *(pytest.param(name, marks=pytest.mark.full) for name in ("llama4", "qwen2_5_vl", "paligemma"))])
 def test_under_compile(name):
     made = ready(name, "sdpa")
     ones = torch.ones_like(made.packed["input_ids"])
@@ -179,6 +193,9 @@ def test_under_compile(name):
             for more in ({}, {"attention_mask": ones}, {"use_cache": True}):
                 torch.manual_seed(0)
                 torch.testing.assert_close(compiled(**(made.packed | more)).logits[0], expected, atol=CLOSE, rtol=0)
+            rows, kept = in_two_rows(made, "before")
+            torch.manual_seed(0)
+            torch.testing.assert_close(compiled(**(rows | {"attention_mask": kept.long()})).logits[kept], expected, atol=CLOSE, rtol=0)
 
 
 def test_layers_that_carry_over_are_refused_under_compile():
@@ -191,23 +208,37 @@ def test_layers_that_carry_over_are_refused_under_compile():
             compiled(**made.packed)
 
 
-def test_flash_attention_refuses_images_that_see_themselves_both_ways():
-    from vlm_fuse.integrations.transformers import packed_masks
-
-    made = ready("gemma3", "sdpa")
-    config = made.model.config.get_text_config()
+@pytest.fixture
+def flash():
+    """What a mask factory is called with where flash attention is asked for; the masks of it need no GPU."""
+    config = ready("gemma3", "sdpa").model.config.get_text_config()
     config._attn_implementation, before = "flash_attention_2", config._attn_implementation
-    try:
-        given = dict(config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=None, past_key_values=None, position_ids=torch.tensor([[0, 1, 0, 1]]))
-        from transformers.masking_utils import create_causal_mask
+    yield dict(config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=None, past_key_values=None, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    config._attn_implementation = before
 
-        assert packed_masks.call(create_causal_mask, **given) is None
-        with pytest.raises(NotImplementedError, match="flash attention takes no such mask"):
-            packed_masks.call(create_causal_mask, **given, block_sequence_ids=torch.zeros(1, 4, dtype=torch.int64))
-        with pytest.raises(NotImplementedError, match="packed rows with padding"):
-            packed_masks.call(create_causal_mask, **(given | {"attention_mask": torch.tensor([[1, 1, 1, 0]]), "position_ids": torch.tensor([[0, 1, 0, 0]])}))
-    finally:
-        config._attn_implementation = before
+
+def test_flash_attention_refuses_what_it_would_drop(flash):
+    assert packed_masks.call(create_causal_mask, **flash) is None
+    with pytest.raises(NotImplementedError, match="flash attention takes no such mask"):
+        packed_masks.call(create_causal_mask, **flash, block_sequence_ids=torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(NotImplementedError, match="packed rows with padding"):
+        packed_masks.call(create_causal_mask, **(flash | {"attention_mask": torch.tensor([[1, 1, 1, 0]]), "position_ids": torch.tensor([[0, 1, 0, 0]])}))
+
+
+def test_flash_attention_refuses_packed_rows_beside_a_mask_under_compile(flash):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **given: packed_masks.call(create_causal_mask, **(flash | given)), backend="eager")
+    compiled(position_ids=torch.tensor([[0, 0, 1, 2]]), attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    compiled(position_ids=flash["position_ids"])
+    with pytest.raises(RuntimeError, match="packed rows beside an attention_mask are not supported with flash attention"):
+        compiled(position_ids=flash["position_ids"], attention_mask=torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_chunks_beside_a_mask_function_of_the_models_own_are_refused(flash):
+    config = ready("llama4", "sdpa").model.config.get_text_config()
+    given = flash | {"config": config, "or_mask_function": lambda batch, head, q, kv: q == kv}
+    with pytest.raises(NotImplementedError, match="create_chunked_causal_mask: packed rows with an or_mask_function"):
+        packed_masks.call(create_chunked_causal_mask, **given)
 
 
 def test_checkpointed_layers_run_by_document_again():

@@ -40,6 +40,27 @@ def _steps(position_ids: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept & (before >= 0), position_ids - position_ids.gather(1, before.clamp(min=0)), 1)
 
 
+def going_back(position_ids: Tensor, kept: Tensor) -> Tensor:
+    """``(B, L)`` where a token's position lies before that of the token before it: the row is packed. No host read.
+
+    That positions stand still does not say it: those of time do so in an image.
+    """
+    return _steps(position_ids, kept) < 0
+
+
+def places(own: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``(B, L)`` how far each token stands behind the first of its document. No host read.
+
+    Args:
+        own: ``(B, L)`` as of `numbers`; padding before the first document has that one's number.
+        attention_mask: ``(B, L)``, nonzero = token.
+    """
+    columns = torch.arange(own.shape[1], device=own.device).expand_as(own)
+    beginning = columns if attention_mask is None else torch.where(attention_mask != 0, columns, own.shape[1])
+    first = torch.full_like(columns, own.shape[1]).scatter_reduce(1, own, beginning, "amin")
+    return columns - first.gather(1, own)
+
+
 def documents(position_ids: Tensor, attention_mask: Tensor | None) -> Documents:
     """What the host knows of the rows, by one read for all masks and layers of a forward: it stays with the positions' tensor.
 
@@ -56,8 +77,7 @@ def documents(position_ids: Tensor, attention_mask: Tensor | None) -> Documents:
         own = numbers(position_ids, None)
         made = Documents(own, own[:, -1].any().tolist(), True)
     else:
-        # that positions stand still does not say it: those of time do so in an image
-        packed, all_kept = torch.stack([(_steps(position_ids, kept) < 0).any(), kept.all()]).tolist()
+        packed, all_kept = torch.stack([going_back(position_ids, kept).any(), kept.all()]).tolist()
         made = Documents(numbers(position_ids, None if all_kept else kept), packed, all_kept)
     setattr(position_ids, _KEPT, (key, made, attention_mask))  # with the mask, whose id would else be given to another
     return made

@@ -8,12 +8,14 @@ factories are called with arguments that keep them apart, and just as they were 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .documents import Documents, documents, is_empty, numbers
+from .documents import Documents, documents, going_back, is_empty, numbers, places
 
 _EMBEDS = ("inputs_embeds", "input_embeds")  # since and before 5.0
 
@@ -40,7 +42,7 @@ def call(factory: Callable, /, *args, **kwargs):
         # what is known need not be asked of the device again
         return factory(**(kwargs | {"position_ids": None} if found.all_kept else kwargs))
     kwargs["past_key_values"] = None  # an empty one, with which nothing is looked for
-    if "flash" in str(kwargs["config"]._attn_implementation):
+    if _is_flash(kwargs):
         return _flash(factory, kwargs, found)
     if found.all_kept and not _has_blocks(kwargs):
         return factory(**kwargs)
@@ -82,31 +84,48 @@ def _flash(factory: Callable, kwargs: dict, found: Documents):
 
 
 def _kept_apart(factory: Callable, kwargs: dict, own: Tensor, rows: int):
-    """Inside a document causal and sliding masks depend on distances alone: no positions, and a mask that ends with the document."""
-    if "chunked" in factory.__name__:
-        raise NotImplementedError(
-            f"{factory.__name__}: chunks are counted from the start of each document only where attention_mask is None and images are read like text; "
-            "leave out attention_mask"
-        )
+    """Inside a document causal and sliding masks depend on distances alone: no positions, and a mask that ends with the document.
+
+    Chunks are counted from where the document begins, of which a factory cannot be told: a causal mask that ends with the chunk.
+    """
     own = own.expand(rows, -1)
     blocks = kwargs.get("block_sequence_ids")
     if blocks is not None:  # added after everything else: the same number in another document must be another
         kwargs["block_sequence_ids"] = (own * own.shape[1] + blocks).where(blocks >= 0, blocks)
+    parts = own
+    if _is_chunked(factory):
+        if kwargs.get("or_mask_function") is not None:
+            raise NotImplementedError(f"{factory.__name__}: packed rows with an or_mask_function; give the blocks as block_sequence_ids")
+        parts = own * own.shape[1] + places(own, kwargs.get("attention_mask")) // kwargs["config"].attention_chunk_size
+        factory = sys.modules[factory.__module__].create_causal_mask
     before = kwargs.get("and_mask_function")
 
-    def same_document(batch, head, q, kv):
-        same = own[batch, q] == own[batch, kv]
+    def same_part(batch, head, q, kv):
+        same = parts[batch, q] == parts[batch, kv]
         return same if before is None else same & before(batch, head, q, kv)
 
-    return factory(**(kwargs | {"position_ids": None, "and_mask_function": same_document}))
+    return factory(**(kwargs | {"position_ids": None, "and_mask_function": same_part}))
 
 
 def _traced(factory: Callable, kwargs: dict, rows: int):
     """Nothing is known of the values, and a mask is made in any case: it is always one that keeps documents apart."""
-    kept = kwargs.get("attention_mask")
-    if "flash" in str(kwargs["config"]._attn_implementation) or "chunked" in factory.__name__:
+    kept = None if kwargs.get("attention_mask") is None else kwargs["attention_mask"] != 0
+    if _is_flash(kwargs):
+        if kept is not None:
+            torch._assert_async(
+                ~going_back(kwargs["position_ids"], kept).any(),
+                "vlm_fuse: packed rows beside an attention_mask are not supported with flash attention under torch.compile; leave out attention_mask",
+            )
         return factory(**kwargs)
+    kwargs["past_key_values"] = None
     if kept is None and not _has_blocks(kwargs):
-        return factory(**(kwargs | {"past_key_values": None}))
-    own = numbers(kwargs["position_ids"], None if kept is None else kept != 0)
-    return _kept_apart(factory, kwargs | {"past_key_values": None}, own, rows)
+        return factory(**kwargs)
+    return _kept_apart(factory, kwargs, numbers(kwargs["position_ids"], kept), rows)
+
+
+def _is_flash(kwargs: dict) -> bool:
+    return "flash" in str(kwargs["config"]._attn_implementation)
+
+
+def _is_chunked(factory: Callable) -> bool:
+    return "chunked" in factory.__name__
