@@ -69,6 +69,8 @@ def test_a_context_undoes_the_patch_when_its_body_raises():
 
 
 def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+        unpatch(5)
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
         patch("llava-hf/llava-1.5-7b-hf")
 

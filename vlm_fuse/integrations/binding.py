@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -84,6 +84,30 @@ def unbind(module: nn.Module) -> bool:
             if _is_ours(value, module):
                 _restore(module, slot, original(value.__func__))
         return count == 1
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo one `patch`. A model that is not patched is left as it is.
+
+    Args:
+        model: as given to the `patch` of an integration, or anything around or in it.
+
+    Raises:
+        TypeError: not a module.
+    """
+    for module in modules(model):
+        unbind(module)
+
+
+def modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules, itself among them.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model.modules()
 
 
 def is_patched(module: nn.Module) -> bool:

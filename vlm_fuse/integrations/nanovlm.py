@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import vlm_fuse
 
 from . import binding
+from .binding import unpatch
 from .rewriting import rewritten
 
 _MERGE = "_replace_img_tokens_with_embd"
@@ -52,16 +53,6 @@ def patch(model: nn.Module) -> None:
         binding.bind(module, [(name, wrapper(function))])
 
 
-def unpatch(model: nn.Module) -> None:
-    """Undo one `patch`. A model that is not patched is left as it is.
-
-    Args:
-        model: as given to `patch`.
-    """
-    for module in model.modules():
-        binding.unbind(module)
-
-
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[nn.Module]:
     """`patch` for the length of a ``with`` block. A model that was patched before stays so.
@@ -78,10 +69,8 @@ def patched(model: nn.Module) -> Iterator[nn.Module]:
 
 def _parts(model: nn.Module) -> list[tuple[nn.Module, str, Callable]]:
     """(module, method, what makes ours of it) of every nanoVLM in the model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = []
-    for module in model.modules():
+    for module in binding.modules(model):
         if not all(hasattr(module, name) for name in ("vision_encoder", "MP", "decoder")):
             continue
         if not hasattr(module, _MERGE):

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch` and `patched`: a transformers model that merges by vlm_fuse, and as it was before."""
+"""`patch` and `patched`: a transformers model that merges by vlm_fuse, and as it was before."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from .. import binding
+from ..binding import unpatch
+from ..rewriting import NotRewritable, innermost
 from . import call_sites, deepstack, packed_layers, rope_index
 from .calls import rewritten_code
-from ..rewriting import NotRewritable, innermost
 
 #: nothing is merged in these, though some name what is looked for
 _NOT_MODELS = ("torch.", "transformers.modeling_utils", "transformers.generation.")
@@ -55,8 +56,7 @@ def patch(model: nn.Module) -> None:
 
     Source: the merges, checks and masks that are replaced are those of huggingface/transformers, ``models/*/modeling_*.py``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    modules = list(binding.modules(model))
     left: dict[str, None] = {}
     found = False
     more: dict[nn.Module, list[tuple[str, Callable]]] = {}
@@ -65,7 +65,7 @@ def patch(model: nn.Module) -> None:
             left[f"{type(module).__name__}.{name}: {instead}"] = None
         else:
             more.setdefault(module, []).append((name, instead))
-    for module in model.modules():
+    for module in modules:
         methods, reasons = _methods(module)
         methods += more.get(module, [])
         if methods:
@@ -77,16 +77,6 @@ def patch(model: nn.Module) -> None:
         left[f"{type(model).__name__} has no module that merges features into embeddings"] = None
     if left:
         warnings.warn("vlm_fuse left as it is:\n  " + "\n  ".join(left), stacklevel=2)
-
-
-def unpatch(model: nn.Module) -> None:
-    """Undo one `patch`. A model that is not patched is left as it is.
-
-    Args:
-        model: as given to `patch`, or anything around or in it.
-    """
-    for module in model.modules():
-        binding.unbind(module)
 
 
 @contextlib.contextmanager
