@@ -41,7 +41,7 @@ test: $(READY)
 	@$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
 # releases of transformers beside the one of constraints.txt. Their environments have what the tests need, and see vlm_fuse here
-TRANSFORMERS := 5.17 4.57
+TRANSFORMERS := 5.24 5.17 4.57
 OF_TRANSFORMERS = tests/test_transformers_patch.py $(wildcard tests/test_patched_*.py tests/test_packed_*.py tests/test_attend_of_config.py)
 
 test-all: $(READY) $(TRANSFORMERS:%=.venv-transformers-%/.installed)

@@ -5,7 +5,7 @@
     a check that compares a mask's count       if COUNTABLE(mask, numel, width): mask = COUNTED(mask, numel, width, lambda: message)
     with the number of features                else: the check
     create_causal_mask, and its kin            MASK + "create_causal_mask"
-    a forward that makes M-RoPE's positions    begins with position_ids = TEXT_ROW(position_ids, attention_mask, past_key_values)
+    a forward that makes M-RoPE's positions    begins with position_ids = TEXT_ROW(position_ids, cache)
 
 The functions behind the names decide at run time, by shapes and dtypes, and leave to the original what they do not know.
 """
@@ -18,6 +18,8 @@ import dis
 import types
 from collections.abc import Iterator
 
+from .documents import CACHES
+
 PREFIX = "_vlm_fuse_"
 MASKED_SCATTER, ASSIGNED, COUNTABLE, COUNTED, MASK, TEXT_ROW = (
     "_vlm_fuse_masked_scatter", "_vlm_fuse_assigned", "_vlm_fuse_countable", "_vlm_fuse_counted", "_vlm_fuse_mask_of_", "_vlm_fuse_text_row"
@@ -25,7 +27,6 @@ MASKED_SCATTER, ASSIGNED, COUNTABLE, COUNTED, MASK, TEXT_ROW = (
 
 _CHECK = "torch_compilable_check"
 _MROPE = ("get_rope_index", "compute_3d_position_ids")
-_POSITIONS = ("position_ids", "attention_mask", "past_key_values")
 
 
 def is_mask_factory(name: str) -> bool:
@@ -64,18 +65,19 @@ def transform(definition: ast.FunctionDef) -> bool:
 def transform_with_text_row(definition: ast.FunctionDef) -> bool:
     """The same, of the forward that positions are given to, or that has them made."""
     found = transform(definition)
-    if not _makes_mrope(definition):
+    arguments = {argument.arg for argument in (*definition.args.args, *definition.args.kwonlyargs)}
+    cache = next((name for name in CACHES if name in arguments), None)
+    if cache is None or "position_ids" not in arguments or not _makes_mrope(definition):
         return found
     first = definition.body[0]
-    made = _call(first, TEXT_ROW, *(ast.copy_location(ast.Name(name, ast.Load()), first) for name in _POSITIONS))
+    made = _call(first, TEXT_ROW, *(ast.copy_location(ast.Name(name, ast.Load()), first) for name in ("position_ids", cache)))
     definition.body.insert(0, ast.copy_location(ast.Assign([ast.copy_location(ast.Name("position_ids", ast.Store()), first)], made), first))
     return True
 
 
 def _makes_mrope(definition: ast.FunctionDef) -> bool:
-    arguments = {argument.arg for argument in (*definition.args.args, *definition.args.kwonlyargs)}
     called = {node.func.attr for node in ast.walk(definition) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
-    return arguments.issuperset(_POSITIONS) and not called.isdisjoint(_MROPE)
+    return not called.isdisjoint(_MROPE)
 
 
 class _Calls(ast.NodeTransformer):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: the names of a decoder's cache: since transformers 5.24, and before
+CACHES = ("cache", "past_key_values")
 _KEPT = "_vlm_fuse_documents"
 
 
@@ -83,7 +85,7 @@ def documents(position_ids: Tensor, attention_mask: Tensor | None) -> Documents:
     return made
 
 
-def with_text_row(position_ids, attention_mask, past_key_values):
+def with_text_row(position_ids, cache):
     """M-RoPE's positions with the text's row in front, which transformers needs to see packed rows; others as they are.
 
     Args:
@@ -94,14 +96,16 @@ def with_text_row(position_ids, attention_mask, past_key_values):
     """
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 3 or position_ids.shape[0] != 3 or position_ids.shape[2] < 2:
         return position_ids
-    if past_key_values is not None and not is_empty(past_key_values):
+    if not is_empty(cache):
         return position_ids
     columns = torch.arange(position_ids.shape[2], device=position_ids.device)
     starts = torch.where((position_ids == 0).all(0), columns, 0).cummax(-1).values
     return torch.cat([(columns - starts)[None].to(position_ids.dtype), position_ids])
 
 
-def is_empty(past_key_values) -> bool:
-    """A cache that has seen nothing yet, as far as the host can know: transformers makes one in training too."""
-    length = getattr(past_key_values, "get_seq_length", lambda: None)()
+def is_empty(cache) -> bool:
+    """No cache, or one that has seen nothing yet, as far as the host can know: transformers makes one in training too."""
+    if cache is None:
+        return True
+    length = getattr(cache, "get_seq_length", lambda: None)()
     return type(length) is int and length == 0

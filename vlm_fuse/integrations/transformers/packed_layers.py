@@ -19,13 +19,13 @@ from torch.compiler import is_compiling
 
 from .. import binding
 from .call_sites import codes
-from .documents import documents, is_empty, numbers
+from .documents import CACHES, documents, is_empty, numbers
 from ..rewriting import NotRewritable, inside, innermost
 
 #: a part of the names of the kernels that such layers call
 _KERNELS = ("causal_conv1d", "delta_rule", "selective_scan", "chunk_scan")
 _BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_CACHES = ("cache_params", "past_key_values")
+_CACHES = ("cache_params", *CACHES)
 
 _lengths: ContextVar[list[list[int]] | None] = ContextVar("lengths of the documents of each row", default=None)
 
@@ -73,8 +73,7 @@ def _with_lengths(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def decoder_layer(self, *args, **kwargs):
-        past = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-        if past is not None and not is_empty(past) and kwargs.get("position_ids") is not None and kwargs["position_ids"].shape[-1] == 1:
+        if not all(is_empty(kwargs.get(name)) for name in _CACHES) and kwargs.get("position_ids") is not None and kwargs["position_ids"].shape[-1] == 1:
             return forward(self, *args, **kwargs)
         if is_compiling():
             _refuse_packed(kwargs)

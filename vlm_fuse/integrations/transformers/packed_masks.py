@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .documents import Documents, documents, going_back, is_empty, numbers, places
+from .documents import CACHES, Documents, documents, going_back, is_empty, numbers, places
 
 _EMBEDS = ("inputs_embeds", "input_embeds")  # since and before 5.0
 
@@ -41,7 +41,7 @@ def call(factory: Callable, /, *args, **kwargs):
     if not found.packed:
         # what is known need not be asked of the device again
         return factory(**(kwargs | {"position_ids": None} if found.all_kept else kwargs))
-    kwargs["past_key_values"] = None  # an empty one, with which nothing is looked for
+    kwargs |= _no_cache(kwargs)  # an empty one, with which nothing is looked for
     if _is_flash(kwargs):
         return _flash(factory, kwargs, found)
     if found.all_kept and not _has_blocks(kwargs):
@@ -61,8 +61,7 @@ def _may_be_packed(kwargs: dict, position_ids, kept) -> bool:
         return False  # counted by the model itself, the same for all rows
     if kept is not None and (not isinstance(kept, Tensor) or kept.shape != (rows, length)):
         return False
-    past = kwargs.get("past_key_values")
-    return past is None or is_empty(past)
+    return all(is_empty(kwargs.get(name)) for name in CACHES)
 
 
 def _has_blocks(kwargs: dict) -> bool:
@@ -117,10 +116,14 @@ def _traced(factory: Callable, kwargs: dict, rows: int):
                 "vlm_fuse: packed rows beside an attention_mask are not supported with flash attention under torch.compile; leave out attention_mask",
             )
         return factory(**kwargs)
-    kwargs["past_key_values"] = None
+    kwargs |= _no_cache(kwargs)
     if kept is None and not _has_blocks(kwargs):
         return factory(**kwargs)
     return _kept_apart(factory, kwargs, numbers(kwargs["position_ids"], kept), rows)
+
+
+def _no_cache(kwargs: dict) -> dict:
+    return {name: None for name in CACHES if name in kwargs}
 
 
 def _is_flash(kwargs: dict) -> bool:
