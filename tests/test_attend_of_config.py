@@ -9,6 +9,7 @@ from vlm_fuse import Attend
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from transformers import masking_utils  # noqa: E402
+
 from vlm_fuse.integrations.transformers import attend  # noqa: E402
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from . import call_sites, documents, merges, packed_masks
 from ..rewriting import NotRewritable, rewritten
+from . import call_sites, documents, merges, packed_masks
 
 
 def rewritten_code(function: Callable, text_row: bool = False) -> Callable | None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import binding
+from ..rewriting import NotRewritable, innermost, inside
 from .call_sites import codes
 from .documents import CACHES, documents, is_empty, numbers
-from ..rewriting import NotRewritable, inside, innermost
 
 #: a part of the names of the kernels that such layers call
 _KERNELS = ("causal_conv1d", "delta_rule", "selective_scan", "chunk_scan")
