@@ -56,7 +56,8 @@ def facts(only: list[str]) -> dict:
 
     from families.registry import FAMILIES
     from packed_documents import ISOLATED, LEAKING
-    from test_patched_families import ALWAYS, COUNTED, RELEASE, compare_all, ready
+    from test_patched_families import ALWAYS, COUNTED, compare_all, ready
+    from transformers_release import RELEASE
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

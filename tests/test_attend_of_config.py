@@ -10,9 +10,9 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from transformers import masking_utils  # noqa: E402
 
+from transformers_release import RELEASE  # noqa: E402
 from vlm_fuse.integrations.transformers import attend  # noqa: E402
 
-RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 WINDOWED = "bidirectional_windowed" if RELEASE >= (5, 13) else "bidirectional"
 SMALL = dict(hidden_size=8, num_hidden_layers=4, num_attention_heads=1, num_key_value_heads=1, head_dim=8, intermediate_size=8, vocab_size=32)
 

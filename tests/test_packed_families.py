@@ -13,11 +13,11 @@ import vlm_fuse  # noqa: E402
 from families.batches import features_of  # noqa: E402
 from families.registry import FAMILIES  # noqa: E402
 from packed_documents import ISOLATED, LEAKING, Documents  # noqa: E402
+from transformers_release import RELEASE  # noqa: E402
 from vlm_fuse.integrations.transformers import attend, packed_masks, patch, patched  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.filterwarnings("ignore:vlm_fuse left as it is")]
 
-RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 ALWAYS = {"llava", "qwen2_5_vl", "qwen3_vl", "mistral3", "glm4v", "gemma4", "llama4", *LEAKING}
 every_family = pytest.mark.parametrize(
     "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.full) for name in (*ISOLATED, *LEAKING) if FAMILIES[name].installed]
@@ -139,7 +139,9 @@ def in_two_rows(made: Documents, where: str) -> tuple[dict, torch.Tensor]:
     return packed | {key: torch.where(kept, packed[key][..., 0, source.clamp(min=0)], padding.get(key, 0)) for key in keys}, kept
 
 
-@pytest.mark.parametrize("name", ["llava", "mistral3", "gemma3", "gemma4_vision", "qwen2_5_vl", "qwen3_5", "lfm2_vl"])
+@pytest.mark.parametrize(
+    "name", [name for name in ("llava", "mistral3", "gemma3", "gemma4_vision", "qwen2_5_vl", "qwen3_5", "lfm2_vl") if FAMILIES[name].installed]
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.full)])
 def test_merged_rows_with_model_kwargs(name, implementation):
     """The merge outside the model, and everything that belongs to it in one call."""

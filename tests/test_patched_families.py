@@ -10,11 +10,11 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 
 from families.batches import SITUATIONS, NotPossible, batch  # noqa: E402
 from families.registry import FAMILIES  # noqa: E402
+from transformers_release import RELEASE  # noqa: E402
 from vlm_fuse.integrations.transformers import patch, patched, unpatch  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.filterwarnings("ignore:vlm_fuse left as it is")]
 
-RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 INSTALLED = [name for name, family in FAMILIES.items() if family.installed]
 #: each of another kind; the others with --full
 ALWAYS = {

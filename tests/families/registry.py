@@ -10,6 +10,7 @@ import transformers
 
 from families import towers
 from families.shrinking import shrunk
+from transformers_release import RELEASE
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Family:
 
     @property
     def installed(self) -> bool:
-        if self.images is towers.features and transformers.__version__ < "5.2":
+        if self.images is towers.features and RELEASE < (5, 20):
             return False
         return hasattr(transformers, self.model)
 
 
-_MROPE = {"text_config.rope_scaling" if transformers.__version__ < "5" else "text_config.rope_parameters": dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2], partial_rotary_factor=1.0)}
+_MROPE = {"text_config.rope_scaling" if RELEASE < (5, 0) else "text_config.rope_parameters": dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2], partial_rotary_factor=1.0)}
 #: of configs that had none of their own before 5.0
-_OLD_MROPE = _MROPE if transformers.__version__ < "5" else {}
+_OLD_MROPE = _MROPE if RELEASE < (5, 0) else {}
 _GEMMA4 = {
     "audio_config": None, "text_config.hidden_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 0, "text_config.layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
