@@ -104,7 +104,7 @@ def _by_document(forward: Callable) -> Callable:
         rows = []
         for row, own in enumerate(lengths):
             parts = hidden_states[row : row + 1].split(own, dim=1)
-            masks = [None] * len(own) if mask is None else mask[row : row + 1].split(own, dim=1)
+            masks = [None] * len(own) if mask is None or mask.dim() != 2 else mask[row : row + 1].split(own, dim=1)
             rows.append(torch.cat([forward(self, part, attention_mask=kept, **kwargs) for part, kept in zip(parts, masks)], dim=1))
         return torch.cat(rows)
 
@@ -115,14 +115,22 @@ def _lengths_of(kwargs: dict) -> list[list[int]] | None:
     """The lengths of each row's documents; None: one a row."""
     position_ids, seq_idx = kwargs.get("position_ids"), kwargs.get("seq_idx")
     if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
-        mask = kwargs.get("attention_mask")
-        found = documents(position_ids, mask if isinstance(mask, Tensor) and mask.shape == position_ids.shape else None)
+        found = documents(position_ids, _kept(kwargs.get("attention_mask"), position_ids))
         own = found.numbers if found.packed else None
     elif isinstance(seq_idx, Tensor):
         own = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(-1)
     else:
         own = None
     return None if own is None else [torch.tensor(row).unique_consecutive(return_counts=True)[1].tolist() for row in own.tolist()]
+
+
+def _kept(mask, position_ids: Tensor) -> Tensor | None:
+    """``(B, L)``, nonzero = token, of the mask that the layers get: before 5.0 the one of attention, in which padding does not see itself."""
+    rows, length = position_ids.shape
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape == (rows, mask.shape[1], length, length):
+        itself = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return itself if mask.dtype == torch.bool else itself == 0
+    return mask if isinstance(mask, Tensor) and mask.shape == (rows, length) else None
 
 
 def _kernels_are_told(kwargs: dict) -> bool:
@@ -133,11 +141,11 @@ def _kernels_are_told(kwargs: dict) -> bool:
 
 def _refuse_packed(kwargs: dict) -> None:
     """Traced code cannot be run by document; that it need not is looked at when it runs."""
-    position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    position_ids = kwargs.get("position_ids")
     if isinstance(position_ids, Tensor) and position_ids.dim() == 2 and kwargs.get("cu_seq_lens_q") is None:
-        kept = mask != 0 if isinstance(mask, Tensor) and mask.shape == position_ids.shape else None
+        kept = _kept(kwargs.get("attention_mask"), position_ids)
         torch._assert_async(
-            (numbers(position_ids, kept)[:, -1] == 0).all(),
+            (numbers(position_ids, None if kept is None else kept != 0)[:, -1] == 0).all(),
             "vlm_fuse: packed rows in layers of linear attention or convolution are not supported under torch.compile: compile without these rows, "
             "or give seq_idx and cu_seq_lens_q to the kernels of flash-linear-attention and causal-conv1d",
         )
