@@ -43,7 +43,9 @@ What `vlm_fuse.integrations.transformers.patch` does to models of {count} famili
 NOTES = """The other families of transformers that merge with `masked_scatter`, some fifty, are rewritten by the same rule; no tiny model was made of
 them (audio models, those that need timm). GLM-Image merges ids in place of embeddings and keeps its `masked_scatter` for that. What
 cannot be rewritten is listed by a warning. M-RoPE's positions are left to the model in Qwen2.5-Omni, Qwen3-Omni, GLM-Image, HunYuan-VL
-and MiniCPM-V 4.7. A step under bfloat16 convolutions of GOT-OCR2 is another one each time, patched or not."""
+and MiniCPM-V 4.7. A step under bfloat16 convolutions of GOT-OCR2 is another one each time, patched or not.
+In 4.57 PaliGemma makes its masks by code of its own, in which packed rows see each other, and GLM-4V takes no positions of four rows,
+patched or not."""
 
 
 def facts(only: list[str]) -> dict:
@@ -93,6 +95,7 @@ def _packed(name: str, implementation: str) -> str:
     from packed_documents import Documents
     from vlm_fuse.integrations.transformers import patched
 
+    torch._dynamo.reset()  # flex_attention compiles: sizes that other families had would be made symbols, which Inductor fails on at times
     try:
         model = FAMILIES[name].build()
         model.train(name in ("paligemma", "molmo2"))
