@@ -210,12 +210,19 @@ def test_layers_that_carry_over_are_refused_under_compile():
             compiled(**made.packed)
 
 
+def of_two_documents(name: str) -> dict:
+    """What a family's mask factory is called with for a row of two documents of two tokens each."""
+    config = ready(name, "sdpa").model.config.get_text_config()
+    return dict(config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=None, past_key_values=None, position_ids=torch.tensor([[0, 1, 0, 1]]))
+
+
 @pytest.fixture
 def flash():
-    """What a mask factory is called with where flash attention is asked for; the masks of it need no GPU."""
-    config = ready("gemma3", "sdpa").model.config.get_text_config()
+    """The same where flash attention is asked for: its masks need no GPU."""
+    given = of_two_documents("gemma3")
+    config = given["config"]
     config._attn_implementation, before = "flash_attention_2", config._attn_implementation
-    yield dict(config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=None, past_key_values=None, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    yield given
     config._attn_implementation = before
 
 
@@ -236,11 +243,9 @@ def test_flash_attention_refuses_packed_rows_beside_a_mask_under_compile(flash):
         compiled(position_ids=flash["position_ids"], attention_mask=torch.ones(1, 4, dtype=torch.int64))
 
 
-def test_chunks_beside_a_mask_function_of_the_models_own_are_refused(flash):
-    config = ready("llama4", "sdpa").model.config.get_text_config()
-    given = flash | {"config": config, "or_mask_function": lambda batch, head, q, kv: q == kv}
+def test_chunks_beside_a_mask_function_of_the_models_own_are_refused():
     with pytest.raises(NotImplementedError, match="create_chunked_causal_mask: packed rows with an or_mask_function"):
-        packed_masks.call(create_chunked_causal_mask, **given)
+        packed_masks.call(create_chunked_causal_mask, **of_two_documents("llama4"), or_mask_function=lambda batch, head, q, kv: q == kv)
 
 
 def test_checkpointed_layers_run_by_document_again():

@@ -1,6 +1,9 @@
 """Models of many families, patched and as they are: equal to the bit, without masked_scatter, and with fewer host reads."""
 
 import functools
+import importlib
+import pkgutil
+import types
 from collections import Counter
 
 import pytest
@@ -11,7 +14,10 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 from families.batches import SITUATIONS, NotPossible, batch  # noqa: E402
 from families.registry import FAMILIES  # noqa: E402
 from transformers_release import RELEASE  # noqa: E402
+from vlm_fuse.integrations.rewriting import innermost  # noqa: E402
 from vlm_fuse.integrations.transformers import patch, patched, unpatch  # noqa: E402
+from vlm_fuse.integrations.transformers.call_sites import codes  # noqa: E402
+from vlm_fuse.integrations.transformers.calls import rewritten_code  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.filterwarnings("ignore:vlm_fuse left as it is")]
 
@@ -239,6 +245,32 @@ def test_generate(name):
     finally:
         unpatch(model)
         model.train()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(RELEASE < (5, 23), reason="the scan was written for 5.23")
+def test_no_function_that_names_masked_scatter_is_left():
+    """Of all models, also those that none is made of here."""
+    found, left = 0, []
+    for package in pkgutil.iter_modules(transformers.models.__path__):
+        try:
+            module = importlib.import_module(f"transformers.models.{package.name}.modeling_{package.name}")
+        except (ImportError, RuntimeError):  # without a model, or of a package that is not here
+            continue
+        for kind in vars(module).values():
+            if not (isinstance(kind, type) and kind.__module__ == module.__name__):
+                continue
+            for function in vars(kind).values():
+                if isinstance(function, types.FunctionType) and names_masked_scatter(function):
+                    found += 1
+                    made = rewritten_code(function)  # or raises the reason
+                    if made is None or names_masked_scatter(made):
+                        left.append(function.__qualname__)
+    assert found >= 100 and not left
+
+
+def names_masked_scatter(function) -> bool:
+    return any("masked_scatter" in code.co_names for code in codes(innermost(function).__code__))
 
 
 def test_there_are_many():

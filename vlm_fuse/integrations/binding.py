@@ -94,6 +94,11 @@ def unpatch(model: nn.Module) -> None:
 
     Raises:
         TypeError: not a module.
+
+    Example:
+        >>> import torch
+        >>> from vlm_fuse.integrations.transformers import unpatch
+        >>> unpatch(torch.nn.Linear(1, 1))  # was not patched
     """
     for module in modules(model):
         unbind(module)

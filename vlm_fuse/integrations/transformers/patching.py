@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from .. import binding
-from ..binding import unpatch
 from ..rewriting import NotRewritable, innermost
 from . import call_sites, deepstack, packed_layers, rope_index
 from .calls import rewritten_code
@@ -99,7 +98,7 @@ def patched(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        unpatch(model)
+        binding.unpatch(model)
 
 
 def _methods(module: nn.Module) -> tuple[list[tuple[str, Callable]], list[tuple[str, str]]]:
