@@ -128,7 +128,7 @@ def take_turns(
     budget: float,
     turn: float = 0.02,
     calls: int = 12,
-    warmup: int = 1,
+    warmup: int = 2,
     least: int = 3,
     most: int = 30,
     device: str = "cpu",
@@ -147,11 +147,13 @@ def take_turns(
         warmup, device, seed, tick: as in `interleave`.
     """
     clock = _Cuda() if device == "cuda" else cpu_clock
-    longest: dict[str, float] = {}
+    # the shortest of the warm-up: one that compiles in its first call, or is held up once, is not long for that
+    shortest = dict.fromkeys((contestant.name for contestant in contestants), float("inf"))
     for _ in range(max(1, warmup)):
-        longest = {contestant.name: _once(contestant, clock)[0] for contestant in contestants}
-    more = {name: min(calls, int(turn / max(seconds, 1e-9))) for name, seconds in longest.items()}
-    round_seconds = sum(seconds * (1 + more[name]) for name, seconds in longest.items())
+        for contestant in contestants:
+            shortest[contestant.name] = min(shortest[contestant.name], _once(contestant, clock)[0])
+    more = {name: min(calls, int(turn / max(seconds, 1e-9))) for name, seconds in shortest.items()}
+    round_seconds = sum(seconds * (1 + more[name]) for name, seconds in shortest.items())
     rounds = max(least, min(most, int(budget / max(round_seconds, 1e-9))))
     order, shuffle = list(contestants), random.Random(seed).shuffle
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
