@@ -282,7 +282,7 @@ def test_the_real_one():
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < losses[0]
 
 
