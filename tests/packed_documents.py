@@ -9,6 +9,7 @@ import torch
 import vlm_fuse
 from families.batches import maker_of, placeholder, rows_of
 from families.registry import Family
+from transformers_release import RELEASE
 
 #: isolated by transformers 5.23 itself, where position_ids begin anew and neither a mask nor a cache is given
 ISOLATED = (
@@ -39,7 +40,11 @@ class Documents:
             made.append((ids, numbers))
         self.lengths = [len(ids) for ids, _ in made]
         self.token = token
+        #: GLM-4V of transformers 4 takes no positions of the text, and beside its three rows of positions always a mask
+        self.only_three = RELEASE < (5, 0) and model.config.model_type == "glm4v"
         self.alone = [self._inputs([one]) for one in made]
+        if self.only_three:
+            self.alone = [one | {"attention_mask": torch.ones_like(one["input_ids"])} for one in self.alone]
         self.packed = self._inputs(made)
 
     def _inputs(self, documents: list) -> dict:
@@ -63,7 +68,8 @@ class Documents:
             return torch.cat([torch.arange(len(own)) for own, _ in documents])[None] + first
         own = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor([len(ids) for ids, _ in documents]))[None]
         merge = self.model.config.vision_config.spatial_merge_size
-        return vlm_fuse.mrope_position_ids(types, image_grid_thw=grids, document_ids=own, spatial_merge_size=merge)[0]
+        rows = vlm_fuse.mrope_position_ids(types, image_grid_thw=grids, document_ids=own, spatial_merge_size=merge)[0]
+        return rows[1:] if self.only_three else rows
 
     def with_another_first(self) -> dict:
         """The packed row with one word of the first document changed."""

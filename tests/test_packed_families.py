@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask  # noqa: E402
 
@@ -55,7 +55,7 @@ def forms(made: Documents) -> dict[str, dict]:
     ones, positions = torch.ones_like(made.packed["input_ids"]), made.packed["position_ids"]
     found = {"no mask": {}, "a cache": {"use_cache": True}, "a mask of ones": {"attention_mask": ones}, "ones and a cache": {"attention_mask": ones, "use_cache": True}}
     if positions.dim() == 3:
-        found |= {"three rows": {"position_ids": positions[1:]}, "three rows and ones": {"position_ids": positions[1:], "attention_mask": ones}}
+        found |= {"three rows": {"position_ids": positions[-3:]}, "three rows and ones": {"position_ids": positions[-3:], "attention_mask": ones}}
     return found
 
 
@@ -213,7 +213,10 @@ def test_layers_that_carry_over_are_refused_under_compile():
 def of_two_documents(name: str) -> dict:
     """What a family's mask factory is called with for a row of two documents of two tokens each."""
     config = ready(name, "sdpa").model.config.get_text_config()
-    return dict(config=config, inputs_embeds=torch.zeros(1, 4, 8), attention_mask=None, past_key_values=None, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    given = dict(config=config, attention_mask=None, past_key_values=None, position_ids=torch.tensor([[0, 1, 0, 1]]))
+    if RELEASE < (5, 0):
+        return given | {"input_embeds": torch.zeros(1, 4, 8), "cache_position": torch.arange(4)}
+    return given | {"inputs_embeds": torch.zeros(1, 4, 8)}
 
 
 @pytest.fixture
@@ -241,6 +244,28 @@ def test_flash_attention_refuses_packed_rows_beside_a_mask_under_compile(flash):
     compiled(position_ids=flash["position_ids"])
     with pytest.raises(RuntimeError, match="packed rows beside an attention_mask are not supported with flash attention"):
         compiled(position_ids=flash["position_ids"], attention_mask=torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_masks_of_a_models_own_code():
+    """Those of transformers 4's PaliGemma, by what of_its_own is given: what it does to them is the same in every release."""
+    ones, packed, single = torch.ones(1, 4, dtype=torch.int64), torch.tensor([[1, 2, 1, 2]]), torch.tensor([[1, 2, 3, 4]])
+    seen = torch.zeros(1, 1, 4, 6)  # a cache of six places
+    for positions, given, documents in ((packed, ones, [[0, 0, 1, 1]]), (packed, None, [[0, 0, 1, 1]]), (single, ones, [[0] * 4]), (None, ones, [[0] * 4])):
+        own = torch.tensor(documents)
+        found = packed_masks.of_its_own(seen, positions, given)
+        assert torch.equal(found[..., :4] == 0, own[:, None, :, None] == own[:, None, None, :])
+        assert (found[..., 4:] == 0).all() and (found.min() in (0, torch.finfo(torch.float32).min))
+    assert packed_masks.of_its_own(None, packed, None) is None, "flash attention, which looks for documents itself"
+    assert packed_masks.of_its_own(ones, packed, ones) is None, "it would be taken for padding alone"
+    holes, cut = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 2, 1, 1]])
+    assert packed_masks.of_its_own(holes, single, holes) is holes
+    with pytest.raises(NotImplementedError, match="packed rows with padding"):
+        packed_masks.of_its_own(holes, cut, holes)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_masks.of_its_own, backend="eager", fullgraph=True)
+    assert compiled(holes, single, holes) is holes
+    with pytest.raises(RuntimeError, match="packed rows beside an attention_mask are not supported with flash attention"):
+        compiled(holes, cut, holes)
 
 
 def test_chunks_beside_a_mask_function_of_the_models_own_are_refused():

@@ -5,6 +5,7 @@
     a check that compares a mask's count       if COUNTABLE(mask, numel, width): mask = COUNTED(mask, numel, width, lambda: message)
     with the number of features                else: the check
     create_causal_mask, and its kin            MASK + "create_causal_mask"
+    self._update_causal_mask(...)              OWN_MASK(self._update_causal_mask(...), position_ids, attention_mask)
     a forward that makes M-RoPE's positions    begins with position_ids = TEXT_ROW(position_ids, cache)
 
 The functions behind the names decide at run time, by shapes and dtypes, and leave to the original what they do not know.
@@ -21,12 +22,14 @@ from collections.abc import Iterator
 from .documents import CACHES
 
 PREFIX = "_vlm_fuse_"
-MASKED_SCATTER, ASSIGNED, COUNTABLE, COUNTED, MASK, TEXT_ROW = (
-    "_vlm_fuse_masked_scatter", "_vlm_fuse_assigned", "_vlm_fuse_countable", "_vlm_fuse_counted", "_vlm_fuse_mask_of_", "_vlm_fuse_text_row"
+MASKED_SCATTER, ASSIGNED, COUNTABLE, COUNTED, MASK, OWN_MASK, TEXT_ROW = (
+    "_vlm_fuse_masked_scatter", "_vlm_fuse_assigned", "_vlm_fuse_countable", "_vlm_fuse_counted", "_vlm_fuse_mask_of_", "_vlm_fuse_own_mask", "_vlm_fuse_text_row"
 )  # fmt: skip
 
 _CHECK = "torch_compilable_check"
 _MROPE = ("get_rope_index", "compute_3d_position_ids")
+#: a method that makes a decoder's mask without the factories, before 5.0
+_MAKES_MASK = "_update_causal_mask"
 
 
 def is_mask_factory(name: str) -> bool:
@@ -37,7 +40,7 @@ def is_mask_factory(name: str) -> bool:
 def mentioned(function: types.FunctionType) -> bool:
     """Whether the code names anything of the kind: cheap, so that most methods' sources are never read."""
     for code in codes(function.__code__):
-        if not {"masked_scatter", _CHECK, *_MROPE}.isdisjoint(code.co_names) or any(map(is_mask_factory, code.co_names)):
+        if not {"masked_scatter", _CHECK, _MAKES_MASK, *_MROPE}.isdisjoint(code.co_names) or any(map(is_mask_factory, code.co_names)):
             return True
         stores = any(name.endswith("embeds") for name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars))
         if stores and any(instruction.opname == "STORE_SUBSCR" for instruction in dis.get_instructions(code)):
@@ -65,7 +68,7 @@ def transform(definition: ast.FunctionDef) -> bool:
 def transform_with_text_row(definition: ast.FunctionDef) -> bool:
     """The same, of the forward that positions are given to, or that has them made."""
     found = transform(definition)
-    arguments = {argument.arg for argument in (*definition.args.args, *definition.args.kwonlyargs)}
+    arguments = _arguments(definition)
     cache = next((name for name in CACHES if name in arguments), None)
     if cache is None or "position_ids" not in arguments or not _makes_mrope(definition):
         return found
@@ -73,6 +76,10 @@ def transform_with_text_row(definition: ast.FunctionDef) -> bool:
     made = _call(first, TEXT_ROW, *(ast.copy_location(ast.Name(name, ast.Load()), first) for name in ("position_ids", cache)))
     definition.body.insert(0, ast.copy_location(ast.Assign([ast.copy_location(ast.Name("position_ids", ast.Store()), first)], made), first))
     return True
+
+
+def _arguments(definition: ast.FunctionDef) -> set[str]:
+    return {argument.arg for argument in (*definition.args.args, *definition.args.kwonlyargs)}
 
 
 def _makes_mrope(definition: ast.FunctionDef) -> bool:
@@ -84,6 +91,7 @@ class _Calls(ast.NodeTransformer):
     def __init__(self, definition: ast.FunctionDef):
         self.found = 0
         assignments = [node for node in ast.walk(definition) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+        self.knows_positions = {"position_ids", "attention_mask"} <= _arguments(definition)
         self.assigned = {node.targets[0].id for node in assignments}
         #: the mask whose sum a name is: n = mask.sum()
         self.sums = {node.targets[0].id: summed for node in assignments if (summed := _summed(node.value)) is not None}
@@ -93,6 +101,9 @@ class _Calls(ast.NodeTransformer):
         if isinstance(node.func, ast.Attribute) and node.func.attr == "masked_scatter" and len(node.args) == 2 and not node.keywords:
             self.found += 1
             return _call(node, MASKED_SCATTER, node.func.value, *node.args)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == _MAKES_MASK and self.knows_positions:
+            self.found += 1
+            return _call(node, OWN_MASK, node, *(ast.copy_location(ast.Name(name, ast.Load()), node) for name in ("position_ids", "attention_mask")))
         return node
 
     def visit_Name(self, node: ast.Name):

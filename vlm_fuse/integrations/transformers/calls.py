@@ -42,5 +42,6 @@ _CALLED = {
     call_sites.ASSIGNED: merges.assigned,
     call_sites.COUNTABLE: merges.countable,
     call_sites.COUNTED: merges.counted,
+    call_sites.OWN_MASK: packed_masks.of_its_own,
     call_sites.TEXT_ROW: documents.with_text_row,
 }

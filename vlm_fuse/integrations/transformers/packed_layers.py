@@ -104,7 +104,7 @@ def _by_document(forward: Callable) -> Callable:
         rows = []
         for row, own in enumerate(lengths):
             parts = hidden_states[row : row + 1].split(own, dim=1)
-            masks = [None] * len(own) if mask is None or mask.dim() != 2 else mask[row : row + 1].split(own, dim=1)
+            masks = [None] * len(own) if not isinstance(mask, Tensor) or mask.dim() != 2 else mask[row : row + 1].split(own, dim=1)
             rows.append(torch.cat([forward(self, part, attention_mask=kept, **kwargs) for part, kept in zip(parts, masks)], dim=1))
         return torch.cat(rows)
 

@@ -2,7 +2,8 @@
 
 transformers keeps the documents of a packed row apart where attention_mask and the cache are None, and nowhere else: not under a
 mask of ones, not where it made a cache itself, and (until 5.24) not where images see themselves both ways. Here the same
-factories are called with arguments that keep them apart, and just as they were where a row holds one document.
+factories are called with arguments that keep them apart, and just as they were where a row holds one document. A mask that a model
+of transformers 4 makes without the factories gets the boundaries added.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .documents import CACHES, Documents, documents, going_back, is_empty, numbers, places
+from .documents import CACHES, Documents, documents, going_back, is_empty, numbers, places, with_text_row
 
 _EMBEDS = ("inputs_embeds", "input_embeds")  # since and before 5.0
 
@@ -29,10 +30,14 @@ def call(factory: Callable, /, *args, **kwargs):
     if args:
         kwargs = inspect.signature(factory).bind(*args, **kwargs).arguments
         kwargs |= kwargs.pop("kwargs", {})
-    position_ids, kept = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if not _may_be_packed(kwargs, position_ids, kept):
+    embeds = next((kwargs[name] for name in _EMBEDS if name in kwargs), None)
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3:
         return factory(**kwargs)
-    rows = next(kwargs[name] for name in _EMBEDS if name in kwargs).shape[0]
+    rows, length = embeds.shape[:2]
+    position_ids, kept = _of_text(kwargs.get("position_ids"), length), kwargs.get("attention_mask")
+    if not _may_be_packed(rows, length, position_ids, kept) or not all(is_empty(kwargs.get(name)) for name in CACHES):
+        return factory(**kwargs)
+    kwargs["position_ids"] = position_ids
     if is_compiling():
         return _traced(factory, kwargs, rows)
     found = documents(position_ids, kept)
@@ -49,19 +54,51 @@ def call(factory: Callable, /, *args, **kwargs):
     return _kept_apart(factory, kwargs, found.numbers, rows)
 
 
-def _may_be_packed(kwargs: dict, position_ids, kept) -> bool:
-    """Positions of every token of rows that have no past, beside no mask or one of padding."""
-    embeds = next((kwargs[name] for name in _EMBEDS if name in kwargs), None)
-    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[1] < 2:
-        return False
-    rows, length = embeds.shape[:2]
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] != length:
+def of_its_own(mask, position_ids, attention_mask):
+    """The mask that a model has made by code of its own (before 5.0), with documents apart.
+
+    Args:
+        mask: ``(B, 1, L, K)``, added to the scores; for flash attention None, or the ``(B, L)`` attention_mask.
+
+    Raises:
+        NotImplementedError: packed rows with padding under flash attention.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return mask
+    flash = mask.dim() == 2
+    if not _may_be_packed(mask.shape[0], mask.shape[1 if flash else 2], position_ids, attention_mask):
+        return mask
+    if is_compiling():
+        if flash:
+            _refuse_traced_flash(position_ids, mask != 0)
+            return mask
+        own = numbers(position_ids, None if attention_mask is None else attention_mask != 0)
+    else:
+        found = documents(position_ids, attention_mask)
+        if not found.packed:
+            return mask
+        if flash:
+            return _flash(lambda: None, {}, found)
+        own = found.numbers
+    apart = (own[:, None, :, None] != own[:, None, None, :]).to(mask.device)
+    apart = torch.nn.functional.pad(apart, (0, mask.shape[3] - mask.shape[2]))  # places of a cache that hold nothing yet
+    return mask.masked_fill(apart, torch.finfo(mask.dtype).min)
+
+
+def _of_text(position_ids, length: int):
+    """The text's row of M-RoPE's positions, of which transformers 4's GLM-4V hands over the other three."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 3 or position_ids.shape[-1] != length or length < 2:
+        return position_ids
+    return with_text_row(position_ids, None)[0]
+
+
+def _may_be_packed(rows: int, length: int, position_ids, kept) -> bool:
+    """Positions of every token, beside no mask or one of padding."""
+    if length < 2 or not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] != length:
         return False
     if rows > 1 and (position_ids.shape[0] == 1 or position_ids.stride(0) == 0):
         return False  # counted by the model itself, the same for all rows
-    if kept is not None and (not isinstance(kept, Tensor) or kept.shape != (rows, length)):
-        return False
-    return all(is_empty(kwargs.get(name)) for name in CACHES)
+    return kept is None or (isinstance(kept, Tensor) and kept.shape == (rows, length))
 
 
 def _has_blocks(kwargs: dict) -> bool:
@@ -111,15 +148,19 @@ def _traced(factory: Callable, kwargs: dict, rows: int):
     kept = None if kwargs.get("attention_mask") is None else kwargs["attention_mask"] != 0
     if _is_flash(kwargs):
         if kept is not None:
-            torch._assert_async(
-                ~going_back(kwargs["position_ids"], kept).any(),
-                "vlm_fuse: packed rows beside an attention_mask are not supported with flash attention under torch.compile; leave out attention_mask",
-            )
+            _refuse_traced_flash(kwargs["position_ids"], kept)
         return factory(**kwargs)
     kwargs |= _no_cache(kwargs)
     if kept is None and not _has_blocks(kwargs):
         return factory(**kwargs)
     return _kept_apart(factory, kwargs, numbers(kwargs["position_ids"], kept), rows)
+
+
+def _refuse_traced_flash(position_ids: Tensor, kept: Tensor) -> None:
+    torch._assert_async(
+        ~going_back(position_ids, kept).any(),
+        "vlm_fuse: packed rows beside an attention_mask are not supported with flash attention under torch.compile; leave out attention_mask",
+    )
 
 
 def _no_cache(kwargs: dict) -> dict:
