@@ -544,6 +544,24 @@ def test_vmap_and_forward_mode_are_refused_in_words(backend, device):
             function(forward.make_dual(text.clone().requires_grad_(needs_grad), torch.ones_like(text)))
 
 
+@pytest.mark.parametrize("name", ["packed_layout", "fused_embedding", "expanded_two_kinds", "added_expanded_weight_padded"])
+def test_gradients_of_many_losses(name, backend, device):
+    """torch.vmap on autograd.grad gives what one after another gives, and what they record too; torch's older vmap is refused in words."""
+    tensors = BY_NAME[name].tensors(device=device).require_grad()
+    out = merge(tensors, backend).inputs_embeds
+    losses = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+
+    def gradients(grad, record):
+        return torch.autograd.grad(out, tensors.leaves, grad, retain_graph=True, create_graph=record)
+
+    expected = [torch.stack(parts) for parts in zip(*(gradients(grad, False) for grad in losses))]
+    for record in (False, True):
+        found = torch.vmap(functools.partial(gradients, record=record))(losses)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(NotImplementedError, match="torch.vmap on torch.autograd.grad"):
+        torch.autograd.grad(out, tensors.leaves, losses, is_grads_batched=True)
+
+
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.parametrize("name", ["packed_layout", "fused_embedding", "expanded_two_kinds"])

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import vlm_fuse
 
@@ -370,6 +371,44 @@ def test_autocast():
 
 
 # -- torch.compile -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "jacrev", "jacfwd", "hessian", "vmap", "dual numbers", "double backward"])
+def test_transforms_of_torch_func(transform):
+    """`merge` refuses some of them in words: there the model's own masked_scatter runs."""
+    model, inputs = llava().eval(), batch()
+    model.set_attn_implementation("eager")  # sdpa has no forward mode
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    table = next(name for name, value in model.named_parameters() if value is model.get_input_embeddings().weight)
+    one = torch.tensor(1.0)
+
+    def logits(factor):
+        scaled = parameters | {table: parameters[table] * factor}
+        return torch.func.functional_call(model, scaled, (), inputs, tie_weights=False).logits[0, -1, :8]
+
+    def dual():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(logits(forward_ad.make_dual(one, one))).tangent
+
+    def twice():
+        factor = one.clone().requires_grad_()
+        (first,) = torch.autograd.grad(logits(factor).square().sum(), factor, create_graph=True)
+        return torch.autograd.grad(first, factor)[0]
+
+    run = {
+        "grad": lambda: torch.func.grad(lambda factor: logits(factor).sum())(one),
+        "jvp": lambda: torch.func.jvp(logits, (one,), (one,))[1],
+        "jacrev": lambda: torch.func.jacrev(logits)(one),
+        "jacfwd": lambda: torch.func.jacfwd(logits)(one),
+        "hessian": lambda: torch.func.hessian(lambda factor: logits(factor).square().sum())(one),
+        "vmap": lambda: torch.vmap(logits)(torch.tensor([1.0, 2.0])),
+        "dual numbers": dual,
+        "double backward": twice,
+    }[transform]
+    expected = run()
+    assert expected.abs().max() > 0
+    with patched(model):
+        assert torch.equal(run(), expected)
 
 
 def test_fewer_graph_breaks_under_compile():

@@ -10,16 +10,21 @@ backward is the op itself. Three routes reach the same kernels:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import ops
+from .modes import peek_functorch
 
 is_grad_enabled = torch.is_grad_enabled
+#: in the vmap that autograd.grad(is_grads_batched=True) has, which is not torch.func's
+_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 _new = tuple.__new__
 
 
@@ -187,6 +192,8 @@ class _MergeRows(Function):
         needs = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(needs)
+        if _batched(grad):
+            raise NotImplementedError("merge: is_grads_batched and jacobian(vectorize=True) are not supported; call torch.vmap on torch.autograd.grad instead")
         kernels, call, table, is_weight, features, version = ctx.held
         tokens, scale, starts, source_index, text_index, add, _, _, backend, weight_grad = call
         if version is not None:
@@ -195,7 +202,7 @@ class _MergeRows(Function):
         if weight_grad is not None and needs_table:
             ops.accumulate_weight(ops.direct(backend, grad), grad, source_index, text_index, tokens, scale, add, weight_grad)
             needs_table = False
-        if kernels.MAKES_TENSORS and not is_compiling() and not is_grad_enabled():
+        if kernels.MAKES_TENSORS and not is_compiling() and not is_grad_enabled() and peek_functorch() is None:
             wanted_table = table if needs_table else None
             text, weight = (None, wanted_table) if is_weight else (wanted_table, None)
             wanted = [like if needed else None for like, needed in zip(features, needs_features)]
@@ -253,6 +260,27 @@ def _op_double_backward(ctx, second):
 
 torch.library.register_autograd("vlm_fuse::merge_rows", _op_backward, setup_context=_setup_forward, lib=ops.library)
 torch.library.register_autograd("vlm_fuse::merge_rows_backward", _op_double_backward, setup_context=_setup_backward, lib=ops.library)
+
+
+def _in_turn(op: Callable) -> Callable:
+    """What an operator gives under torch.vmap, as of a gradient with respect to many losses: its results one after another."""
+
+    def rule(info, in_dims, *inputs):
+        leaves, structure = tree_flatten(inputs)
+        dims = tree_flatten(in_dims)[0]
+        made = []
+        for number in range(info.batch_size):
+            own = [leaf if dim is None else leaf.select(dim, number) for leaf, dim in zip(leaves, dims)]
+            made.append(op(*tree_unflatten(own, structure)))
+        if isinstance(made[0], Tensor):
+            return torch.stack(made), 0
+        return [torch.stack(parts) for parts in zip(*made)], [0] * len(made[0])
+
+    return rule
+
+
+torch.library.register_vmap("vlm_fuse::merge_rows", _in_turn(torch.ops.vlm_fuse.merge_rows), lib=ops.library)
+torch.library.register_vmap("vlm_fuse::merge_rows_backward", _in_turn(torch.ops.vlm_fuse.merge_rows_backward), lib=ops.library)
 
 
 # --- torch.func -------------------------------------------------------------------------------------------------------

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 import vlm_fuse
+
+from ... import ops
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
@@ -99,10 +102,15 @@ def _row_mask(mask) -> Tensor | None:
 
 def _rows(mask: Tensor, inputs_embeds: Tensor) -> Tensor | None:
     """The ``(B, L)`` mask of marked rows of ``(B, L, D)`` embeddings; None: `merge` is not what is asked."""
-    if inputs_embeds.dim() != 3 or inputs_embeds.dtype not in _DTYPES or isinstance(inputs_embeds, DTensor):
+    if inputs_embeds.dim() != 3 or inputs_embeds.dtype not in _DTYPES or isinstance(inputs_embeds, DTensor) or _transformed():
         return None
     rows = _row_mask(mask)
     return rows if rows is not None and rows.shape == inputs_embeds.shape[:2] and rows.device == inputs_embeds.device else None
+
+
+def _transformed() -> bool:
+    """Inside a transform of torch.func, or among forward-mode gradients, of which `merge` knows reverse mode alone."""
+    return ops.functorch_active() or (not is_compiling() and forward_ad._current_level >= 0)
 
 
 def _features(source: Tensor, inputs_embeds: Tensor) -> bool:
