@@ -546,20 +546,30 @@ def test_vmap_and_forward_mode_are_refused_in_words(backend, device):
 
 @pytest.mark.parametrize("name", ["packed_layout", "fused_embedding", "expanded_two_kinds", "added_expanded_weight_padded"])
 def test_gradients_of_many_losses(name, backend, device):
-    """torch.vmap on autograd.grad gives what one after another gives, and what they record too; torch's older vmap is refused in words."""
+    """torch.vmap on autograd.grad gives what one after another gives, recorded or not; torch's older vmap is refused in words."""
     tensors = BY_NAME[name].tensors(device=device).require_grad()
     out = merge(tensors, backend).inputs_embeds
-    losses = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    generator = torch.Generator().manual_seed(1)
+    losses = torch.randn(3, *out.shape, generator=generator).to(out).requires_grad_()
 
-    def gradients(grad, record):
+    def gradients(grad, record=False):
         return torch.autograd.grad(out, tensors.leaves, grad, retain_graph=True, create_graph=record)
 
-    expected = [torch.stack(parts) for parts in zip(*(gradients(grad, False) for grad in losses))]
-    for record in (False, True):
-        found = torch.vmap(functools.partial(gradients, record=record))(losses)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    expected = [torch.stack(parts) for parts in zip(*map(gradients, losses.detach()))]
+    assert_bits_of_all(torch.vmap(gradients)(losses.detach()), expected)
+
+    recorded = torch.vmap(functools.partial(gradients, record=True))(losses)
+    assert_bits_of_all(recorded, expected)
+    singly = [torch.stack(parts) for parts in zip(*(gradients(grad, record=True) for grad in losses))]
+    second = [torch.randn(part.shape, generator=generator).to(part) for part in recorded]
+    assert_bits_of_all(*(torch.autograd.grad(parts, losses, second) for parts in (recorded, singly)))
+
     with pytest.raises(NotImplementedError, match="torch.vmap on torch.autograd.grad"):
-        torch.autograd.grad(out, tensors.leaves, losses, is_grads_batched=True)
+        torch.autograd.grad(out, tensors.leaves, losses.detach(), is_grads_batched=True)
+
+
+def assert_bits_of_all(found, expected):
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.thinned(2)

@@ -10,14 +10,12 @@ backward is the op itself. Three routes reach the same kernels:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import ops
 from .modes import peek_functorch
@@ -262,25 +260,11 @@ torch.library.register_autograd("vlm_fuse::merge_rows", _op_backward, setup_cont
 torch.library.register_autograd("vlm_fuse::merge_rows_backward", _op_double_backward, setup_context=_setup_backward, lib=ops.library)
 
 
-def _in_turn(op: Callable) -> Callable:
-    """What an operator gives under torch.vmap, as of a gradient with respect to many losses: its results one after another."""
-
-    def rule(info, in_dims, *inputs):
-        leaves, structure = tree_flatten(inputs)
-        dims = tree_flatten(in_dims)[0]
-        made = []
-        for number in range(info.batch_size):
-            own = [leaf if dim is None else leaf.select(dim, number) for leaf, dim in zip(leaves, dims)]
-            made.append(op(*tree_unflatten(own, structure)))
-        if isinstance(made[0], Tensor):
-            return torch.stack(made), 0
-        return [torch.stack(parts) for parts in zip(*made)], [0] * len(made[0])
-
-    return rule
-
-
-torch.library.register_vmap("vlm_fuse::merge_rows", _in_turn(torch.ops.vlm_fuse.merge_rows), lib=ops.library)
-torch.library.register_vmap("vlm_fuse::merge_rows_backward", _in_turn(torch.ops.vlm_fuse.merge_rows_backward), lib=ops.library)
+@torch.library.register_vmap("vlm_fuse::merge_rows_backward", lib=ops.library)
+def _(info, in_dims, grad, *others):
+    """The gradients of many losses, one after another."""
+    made = [torch.ops.vlm_fuse.merge_rows_backward(one, *others) for one in grad.unbind(in_dims[0])]
+    return [torch.stack(parts) for parts in zip(*made)], [0] * len(made[0])
 
 
 # --- torch.func -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def call(factory: Callable, /, *args, **kwargs):
     if not isinstance(embeds, Tensor) or embeds.dim() != 3:
         return factory(**kwargs)
     rows, length = embeds.shape[:2]
-    position_ids, kept = _of_text(kwargs.get("position_ids"), length), kwargs.get("attention_mask")
+    position_ids, kept = _of_text(kwargs.get("position_ids")), kwargs.get("attention_mask")
     if not _may_be_packed(rows, length, position_ids, kept) or not all(is_empty(kwargs.get(name)) for name in CACHES):
         return factory(**kwargs)
     kwargs["position_ids"] = position_ids
@@ -85,11 +85,10 @@ def of_its_own(mask, position_ids, attention_mask):
     return mask.masked_fill(apart, torch.finfo(mask.dtype).min)
 
 
-def _of_text(position_ids, length: int):
+def _of_text(position_ids):
     """The text's row of M-RoPE's positions, of which transformers 4's GLM-4V hands over the other three."""
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 3 or position_ids.shape[-1] != length or length < 2:
-        return position_ids
-    return with_text_row(position_ids, None)[0]
+    is_mrope = isinstance(position_ids, Tensor) and position_ids.dim() == 3
+    return with_text_row(position_ids, None)[0] if is_mrope else position_ids
 
 
 def _may_be_packed(rows: int, length: int, position_ids, kept) -> bool:
