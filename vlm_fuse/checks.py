@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 
 import torch
 from torch import Tensor
@@ -163,6 +164,18 @@ def text_source(inputs_embeds, weight, input_ids, embed_scale, token_shape: torc
     same_device("weight", weight, device, of)
     if embed_scale is not None and (isinstance(embed_scale, bool) or not isinstance(embed_scale, (int, float))):
         raise TypeError(f"embed_scale: expected a float, got {type(embed_scale).__name__}; a tensor would be read back")
+
+
+def own_memory(text: Tensor | None, weight: Tensor | None, features: tuple[Tensor, ...]) -> None:
+    """No rows that are spread over ranks: the op reads those that this rank has."""
+    spread = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # where it was never imported there are none
+    for name, given in (("inputs_embeds", text), ("weight", weight), *(("image_embeds", rows) for rows in features)):
+        if isinstance(given, spread):
+            remedy = "inputs_embeds=embedding(input_ids), which looks up each rank's part" if name == "weight" else f"{name}.to_local()"
+            raise TypeError(
+                f"{name}: is a DTensor over {given.device_mesh.size()} ranks ({', '.join(map(str, given.placements))}), but merge reads the rows that this rank has; "
+                f"give {remedy}, or {name}.full_tensor(); plan.shard makes the plan of the rows that one rank has"
+            )
 
 
 def feature_tensors(tensors, dim: int, device: torch.device) -> None:

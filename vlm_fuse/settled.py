@@ -15,7 +15,7 @@ _DEFAULTS = ("placeholders", "replace", "keep", "right", None, CAUSAL, "error")
 
 
 def is_plan(plan) -> None:
-    if type(plan) is not TokenPlan:
+    if not isinstance(plan, TokenPlan):
         raise TypeError(f"plan: expected a TokenPlan, got {type(plan).__name__}")
 
 
@@ -44,7 +44,7 @@ def agree(
             if value != default and value != own:
                 raise ValueError(f"{name}: {value!r} contradicts the plan, which was made with {name}={own!r}; leave it out or make another plan")
     if input_ids is not None and input_ids.shape != plan.token_shape:
-        checks.same_shape("input_ids", input_ids, plan.token_shape, "the tokens that the plan was made from")
+        checks.same_shape("input_ids", input_ids, plan.token_shape, plan._tokens_are)
     if placeholder_mask is not None and not plan._settings.masked_by_tensor:
         raise ValueError(f"placeholder_mask: contradicts the plan, which was made with image_token_id={plan.kind_tokens}; leave it out")
     if labels is not None and plan._batch.labels is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ from torch.compiler import is_compiling
 
 from . import checks, mask_ops, ops
 from .attending import Attend
-from .batch import KIND_FIELDS, LAYOUTS, PAD, SCHEMES, Batch
+from .batch import IGNORE_INDEX, KIND_FIELDS, LAYOUTS, PAD, SCHEMES, Batch
 from .masks import IntervalMask
 from .positions import after_parents
 from .transfer import sent
+
+if TYPE_CHECKING:
+    from .sharding import PlanShard
 
 SIDES = ("right", "left")
 UNUSED = ("error", "allow")
@@ -92,6 +95,8 @@ class TokenPlan:
         max_seqlen: int. Tokens of the longest document; read back from the device when first asked for.
         feature_starts: tuple of ints, ``kinds + 1``: the number of each kind's first feature row, and of all.
     """
+
+    _tokens_are = "the tokens that the plan was made from"  # in an error
 
     def __init__(self, batch: Batch, settings: Settings, source_index: Tensor, fill=None, versions: tuple | None = None, step_facts: tuple[Tensor, ...] = ()):
         """`fill`: a backend's `step_facts`, where it may be called on this batch without a further look; or what it gave."""
@@ -214,6 +219,12 @@ class TokenPlan:
         lengths = self.cu_seqlens.diff()
         return int(lengths.max()) if lengths.numel() else 0
 
+    @_Once
+    def shift_labels(self) -> Tensor | None:
+        """labels one to the left, -100 behind: what each row predicts. For losses that do not shift themselves, as transformers' do
+        with ``shift_labels=``; under context parallelism a row's next token may be another rank's."""
+        return None if self.labels is None else shifted_rows(self.labels, IGNORE_INDEX)
+
     # --- masks
 
     @property
@@ -277,10 +288,88 @@ class TokenPlan:
     def kv_hi2(self) -> Tensor | None:
         return self.mask(self._own_attend("kv_hi2")).kv_hi2
 
+    # --- parts of it
+
+    def shard(self, rank: int, world_size: int, *, order: str = "contiguous", features: str = "all") -> PlanShard:
+        """The plan of the rows that one rank has, where ranks share every row out (context or sequence parallelism).
+
+        ``merge(shard.input_ids, embedding(shard.input_ids), image_embeds, plan=shard)`` makes those rows and no others; with
+        ``weight=`` the lookup is fused as ever. `add_features` takes the shard as well.
+
+        Args:
+            rank: of this rank in the group that shares the rows out, from 0.
+            world_size: ranks of that group.
+            order: "contiguous": rank r has the r-th part of each row. "zigzag": the r-th piece of 2 * world_size from the front and
+                from the back, so that all have like work under a causal mask.
+            features: "all": every rank gives the features of the whole batch. "own": only of the images in ``shard.images``, so that
+                none runs the vision tower for rows that it does not have. Reads the plan on the host.
+
+        Returns:
+            PlanShard: a TokenPlan of ``(G, W / world_size)`` rows; `slice` cuts what else has the whole's rows, `restore` puts
+            gathered rows in order.
+
+        Raises:
+            ValueError: a number of rows that does not divide, a rank that is none, "own" without image sizes.
+
+        Example:
+            >>> import torch, vlm_fuse
+            >>> whole = vlm_fuse.plan(torch.tensor([[1, 9, 9, 2, 3, 4]]), image_token_id=9)
+            >>> shard = whole.shard(1, 3)
+            >>> shard.input_ids, shard.source_index, shard.position_ids
+            (tensor([[0, 2]]), tensor([[ 1, -2]], dtype=torch.int32), tensor([[2, 3]]))
+
+        Source: context parallelism, Llama 3 (arXiv 2407.21783, section 3.3.2); sequence parallelism, arXiv 2205.05198.
+        """
+        from .sharding import PlanShard  # a plan itself, made from this one
+
+        return PlanShard(self, rank, world_size, order, features)
+
+    def pack(self, values: Tensor, fill=0) -> Tensor:
+        """What each token has, at the rows of the output: the way back of `MergedBatch.unpack`. Differentiable.
+
+        Args:
+            values: ``(B, T, ...)`` beside input_ids: weights of the loss, embeddings.
+            fill: at rows that stand for no token (padding, image rows but those of "placeholders").
+
+        Returns:
+            Tensor: ``(G, W, ...)``.
+
+        Raises:
+            ValueError: values of another batch.
+
+        Example:
+            >>> import torch, vlm_fuse
+            >>> made = vlm_fuse.plan(torch.tensor([[1, 2, 0], [0, 0, 3]]), image_token_id=9, length=4, layout="packed",
+            ...                      attention_mask=torch.tensor([[1, 1, 0], [0, 0, 1]]))
+            >>> made.pack(torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+            tensor([[0.1000, 0.2000, 0.6000, 0.0000]])
+        """
+        checks.tensor("values", values)
+        shape = self._value_shape
+        if values.shape[:2] != shape:
+            raise ValueError(f"values: expected {tuple(shape)} and any further dimensions, as input_ids, got {tuple(values.shape)}")
+        index = self._token_index
+        checks.same_device("values", values, index.device, "the plan")
+        flat = values.flatten(0, 1)
+        if not len(flat):  # nothing to take, but still part of the graph
+            flat = torch.cat([flat, flat.new_full((1, *flat.shape[1:]), fill)])
+        there = (index >= 0).view(*index.shape, *(1,) * (values.dim() - 2))
+        return torch.where(there, flat[index.clamp(min=0).long()], fill)
+
+    @property
+    def _token_index(self) -> Tensor:
+        """(G, W) tokens of the batch that the rows stand for; a shard's text_index counts its own."""
+        return self.text_index
+
+    @property
+    def _value_shape(self) -> torch.Size:
+        """(B, T) of the batch, also for a shard of it."""
+        return self.token_shape
+
     # --- moving it
 
     def _moved(self, move) -> TokenPlan:
-        plan = object.__new__(TokenPlan)
+        plan = object.__new__(type(self))
         plan.__dict__.update({name: move(value) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()})
         plan._masks = {attend: mask._moved(move) for attend, mask in self._masks.items()}
         return plan
@@ -322,6 +411,7 @@ class TokenPlan:
         plan._batch = self._batch._replace(labels=labels.to(self._batch.tokens.device).contiguous())
         plan._versions, plan._fill = _versions(plan._batch), None
         plan.__dict__.pop("labels", None)
+        plan.__dict__.pop("shift_labels", None)
         return plan
 
     @_Once
@@ -362,6 +452,11 @@ class TokenPlan:
             return batch.attention_mask
         kept = batch.document_ids >= 0
         return kept if batch.attention_mask is None else kept & (batch.attention_mask != 0)
+
+
+def shifted_rows(rows: Tensor, fill) -> Tensor:
+    """``(G, W)``: each row one to the left, `fill` behind."""
+    return torch.cat([rows[:, 1:], rows.new_full((rows.shape[0], min(1, rows.shape[1])), fill)], dim=1)
 
 
 def _written(then: tuple, now: tuple) -> bool:

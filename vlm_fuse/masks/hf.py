@@ -41,6 +41,12 @@ def hf(mask: IntervalMask, attn_implementation: str, dtype: torch.dtype | None) 
 
 def model_kwargs(plan: TokenPlan, masks: IntervalMask | Mapping[str, IntervalMask], attn_implementation: str, dtype: torch.dtype) -> dict:
     """The keyword arguments for the rows of a plan: those of its masks, and what else tells documents and images apart."""
+    rows, width = plan.source_index.shape
+    if any(mask.kv_length != width for mask in (masks.values() if isinstance(masks, Mapping) else (masks,))):
+        raise ValueError(
+            "model_kwargs: these rows are a shard, and see keys of other ranks, which a model of transformers does not fetch; give position_ids, shift_labels and "
+            "the mask to an attention that gathers keys and values (docs/distributed.md)"
+        )
     made = of_layer_types(masks, attn_implementation, dtype) if isinstance(masks, Mapping) else hf(masks, attn_implementation, dtype)
     made["position_ids"] = plan.position_ids
     if plan.kind_tokens:
@@ -48,7 +54,6 @@ def model_kwargs(plan: TokenPlan, masks: IntervalMask | Mapping[str, IntervalMas
     if plan.layout == "packed" or plan.has_document_ids:
         # with one document a row these layers need nothing, and without their packages they refuse both
         made["seq_idx"] = plan.document_ids
-        rows, width = plan.source_index.shape
         if rows == 1 and "cu_seq_lens_q" not in made:
             made["cu_seq_lens_q"] = torch.nn.functional.pad(plan.cu_seqlens, (0, 1), value=width)  # the padding behind is one more
     return made

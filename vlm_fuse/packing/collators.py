@@ -13,7 +13,7 @@ from ..attending import CAUSAL, Attend
 from ..batch import IGNORE_INDEX
 from ..planning import plan
 from ..positions import mrope_position_ids
-from ..token_plan import SIDES, TokenPlan
+from ..token_plan import SIDES, TokenPlan, shifted_rows
 from . import labels as of_labels
 from .batches import CollatedBatch
 from .dummy import DummyImage
@@ -133,11 +133,11 @@ class _Collator:
         """Labels as the samples have them, counts and weights, vision inputs, and what else the samples bring along."""
         if made.labels is not None:
             shift = self.sample_format.shifted_labels
-            batch["labels"] = of_labels.shifted_rows(made.labels, IGNORE_INDEX) if shift else made.labels
+            batch["labels"] = shifted_rows(made.labels, IGNORE_INDEX) if shift else made.labels
             batch["token_counts"] = counts = of_labels.token_counts(made.labels, document_ids, documents)
             if self.loss_weights:
                 weights = of_labels.loss_weights(made.labels, document_ids, counts)
-                batch["loss_weights"] = of_labels.shifted_rows(weights, 0.0) if shift else weights
+                batch["loss_weights"] = shifted_rows(weights, 0.0) if shift else weights
         batch.update(join([read.vision for read in (*reads, *dummy)]))
         for name in dict.fromkeys(name for read in reads for name in read.rest):
             batch[name] = [read.rest.get(name) for read in reads]

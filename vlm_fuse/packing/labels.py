@@ -24,11 +24,6 @@ def without_first(labels: Tensor) -> Tensor:
     return torch.cat([labels.new_full((min(1, len(labels)),), IGNORE_INDEX), labels[1:]])
 
 
-def shifted_rows(rows: Tensor, fill) -> Tensor:
-    """``(G, W)``: each row one to the left, `fill` behind."""
-    return torch.cat([rows[:, 1:], rows.new_full((rows.shape[0], min(1, rows.shape[1])), fill)], dim=1)
-
-
 def token_counts(labels: Tensor, document_ids: Tensor, documents: int) -> Tensor:
     """``(documents,)`` int64: tokens of each document that have a label."""
     counted = document_ids[(labels != IGNORE_INDEX) & (document_ids >= 0)]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..batch import IGNORE_INDEX
+from ..token_plan import shifted_rows
 from .cutting import cut
-from .labels import shifted_rows
 from .processor_outputs import IMAGE, LOSS_MASKS, TOKEN_KEYS, VIDEO, grid_of, has, is_pictures, of_tower, tiles_of_images, writable
 from .splitting import image_spans
 
