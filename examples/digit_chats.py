@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from .digit_questions import FILLER, NUMBERS, ROWS, VOCABULARY, draw
+from .digit_questions import ROWS, VOCABULARY, about_numbers, draw
 
 ANSWER = "<answer>"
 SIDE = 16  # pixels of a picture: 4 x 4 patches, of which 2 x 2 become one row
@@ -50,7 +50,7 @@ def make_samples(processor, count: int, *, seed: int = 0, text_only: float = 0.2
     samples = []
     for drawn in draw(count, seed, held_out=held_out):
         if rng.random() < text_only:
-            text, pictures = _about_numbers(rng), None
+            text, pictures = " ".join(about_numbers(rng)), None
         else:
             text, pictures = "<image> " + " ".join(VOCABULARY[word] for word in drawn.text), [_picture(drawn.image)]
         sample = dict(processor(text=text, images=pictures, return_tensors="pt"))
@@ -69,9 +69,3 @@ def make_dummy(processor) -> dict:
 def _picture(patches: torch.Tensor) -> Image.Image:
     pixels = patches.view(2, 2, 4, 4).transpose(1, 2).reshape(8, 8).numpy()
     return Image.fromarray((pixels * 255).astype(np.uint8)).convert("RGB").resize((SIDE, SIDE))
-
-
-def _about_numbers(rng: np.random.Generator) -> str:
-    one, other = rng.integers(0, 10, 2)
-    before = rng.choice(FILLER, int(min(36, rng.exponential(12))))
-    return " ".join([*before, "is", NUMBERS[one], "larger", "than", NUMBERS[other], "?", ANSWER, "yes" if one > other else "no"])

@@ -65,6 +65,13 @@ def _question(rng: np.random.Generator, digit: int) -> tuple[list[str], str]:
     return ["is", "the", "digit", "larger", "than", NUMBERS[bound]], "yes" if digit > bound else "no"
 
 
+def about_numbers(rng: np.random.Generator) -> list[str]:
+    """The words of a question that needs no picture, with its answer."""
+    one, other = rng.integers(0, 10, 2)
+    before = rng.choice(FILLER, int(min(36, rng.exponential(12))))
+    return [*before, "is", NUMBERS[one], "larger", "than", NUMBERS[other], "?", "<answer>", "yes" if one > other else "no"]
+
+
 def guessing(learnt: list[Sample], asked: list[Sample]) -> float:
     """Share of right answers of one who sees no image and gives each question the answer that it mostly had: what has to be beaten."""
     seen: dict[tuple[int, ...], Counter] = defaultdict(Counter)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from packing_sources import CAPACITY, ByIndex, numbers, size_of
-from two_ranks import run_on_two_ranks
+from ranks import run_on_ranks
 from vlm_fuse.packing import PackedDataset, PackedStream, RankSampler, pack_lengths
 
 
@@ -54,7 +54,7 @@ def only(batch):
 
 def test_two_ranks_share_every_sample(tmp_path):
     pytest.importorskip("torchdata")
-    run_on_two_ranks(__file__, tmp_path)
+    run_on_ranks(__file__, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     for name in ("rows", "stream"):
         assert sorted(number for own in found[name] for row in own for number in row) == list(range(200))

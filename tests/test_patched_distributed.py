@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers", minversion="4.57")
 
 from tiny_llava import batch, llava, scatters, step  # noqa: E402
-from two_ranks import run_on_two_ranks  # noqa: E402
+from ranks import run_on_ranks  # noqa: E402
 from vlm_fuse.integrations.transformers import patch, unpatch  # noqa: E402
 
 
@@ -60,7 +60,7 @@ def work(folder: str) -> None:
 
 
 def test_two_ranks(tmp_path):
-    run_on_two_ranks(__file__, tmp_path)
+    run_on_ranks(__file__, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == 4
     for case, facts in found.items():

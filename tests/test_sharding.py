@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 import vlm_fuse
-from cases import BY_NAME, SPECIAL, cases
-from checking import assert_bits, assert_equal, examples, placed
+from cases import SPECIAL, cases
+from checking import assert_bits, assert_equal, examples
 
 FACTS = ("position_ids", "document_ids", "image_ids", "kind_ids", "attention_mask")
 ORDERS = ("contiguous", "zigzag")
@@ -212,6 +212,30 @@ def test_attention_over_gathered_keys(order):
         assert torch.equal(torch.cat(ring, -1), shard.mask().dense())
 
 
+def seen_by_varlen(mask) -> torch.Tensor:
+    """(rows, keys): what causal variable-length attention sees, aligned as flash-attn does, to the last row and key of each document."""
+    found = mask.varlen()
+    assert found.causal and found.window_size == (-1, 0)
+    seen = torch.zeros(mask.kv_lo.shape[1], mask.kv_length, dtype=torch.bool)
+    for q, q_end, k, k_end in zip(found.cu_seqlens, found.cu_seqlens[1:], found.cu_seqlens_k, found.cu_seqlens_k[1:]):
+        seen[q:q_end, k:k_end] = torch.ones(q_end - q, k_end - k, dtype=torch.bool).tril(k_end - k - (q_end - q))
+    return seen
+
+
+def test_varlen_of_shards():
+    """A contiguous shard as one call; under zigzag each of its two pieces."""
+    plan = packed_plan()
+    tokens = plan.attention_mask[0]
+    for rank in range(4):
+        shard = plan.shard(rank, 4)
+        kept = shard.slice(tokens, 0)
+        assert torch.equal(seen_by_varlen(shard.mask())[kept], shard.mask().dense()[0, 0][kept])
+        shard = plan.shard(rank, 4, order="zigzag")
+        for start in (0, 2):
+            piece, kept = shard.mask().slice(start, start + 2), shard.slice(tokens, 0)[start : start + 2]
+            assert torch.equal(seen_by_varlen(piece)[kept], piece.dense()[0, 0][kept])
+
+
 def test_moved_and_pickled(tmp_path):
     """Sharded in a worker: facts not made yet are made where the whole is."""
     plan = packed_plan()
@@ -237,11 +261,14 @@ def test_ids_outside_the_table_reach_no_embedding():
 def test_dummy_image_of_a_rank_without_images():
     """A rank that has no image rows still runs the tower; the gradient is zero, not None."""
     ids = torch.tensor([[9, 9, 1, 2, 3, 4, 5, 6]])
-    shard = vlm_fuse.plan(ids, image_token_id=9, image_sizes=[2], unused_features="allow").shard(1, 2, features="own")
+    shard = vlm_fuse.plan(ids, image_token_id=9, image_sizes=[2]).shard(1, 2, features="own")
     assert shard.images == ((),)
     dummy = torch.ones(2, 4, requires_grad=True)
     vlm_fuse.merge(None, torch.ones(1, 4, 4), dummy, plan=shard).inputs_embeds.sum().backward()
     assert torch.equal(dummy.grad, torch.zeros(2, 4))
+    other = vlm_fuse.plan(ids, image_token_id=9, image_sizes=[2]).shard(0, 2, features="own")
+    with pytest.raises(ValueError, match="4 feature rows for placeholder id 9, but the plan was made for 2"):
+        vlm_fuse.merge(None, torch.ones(1, 4, 4), torch.ones(4, 4), plan=other)
 
 
 @pytest.mark.parametrize("call, error, words", [

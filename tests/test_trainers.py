@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from examples.digit_chats import make_model, make_processor, make_samples  # noqa: E402
 from examples.train_with_trainer import PackedTrainer, collator, pack  # noqa: E402
-from two_ranks import run_on_two_ranks  # noqa: E402
+from ranks import run_on_ranks  # noqa: E402
 from vlm_fuse import packing  # noqa: E402
 from vlm_fuse.integrations.trainers import PackedTraining  # noqa: E402
 from vlm_fuse.integrations.transformers import patch  # noqa: E402
@@ -411,7 +411,7 @@ def work_and_end(folder: str) -> None:
 
 @pytest.mark.full  # 14 s; sharing out is looked at without processes too
 def test_two_ranks(tmp_path):
-    run_on_two_ranks(__file__, tmp_path)
+    run_on_ranks(__file__, tmp_path)
     found = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2)]
     processor, samples = learnt()
 

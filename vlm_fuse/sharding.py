@@ -45,9 +45,10 @@ class PlanShard(TokenPlan):
         self.runs = _runs(whole.source_index.shape[1], self.rank, self.world_size, order, whole.layout)
         source_index = self.slice(whole.source_index)
         batch, settings = whole._batch, whole._settings
-        kinds, image_rows = batch.kinds, batch.image_rows
+        kinds, image_rows, unused = batch.kinds, batch.image_rows, batch.unused
         if features == "own":
-            source_index, kinds, image_rows = _with_own_images(source_index, batch)
+            source_index, kinds, image_rows, read = _with_own_images(source_index, batch)
+            unused = unused or not read  # a rank that reads none still has to run the tower, on whatever
         here = torch.arange(source_index.numel(), dtype=torch.int32, device=source_index.device).view(source_index.shape)
         text = (source_index < 0) & (source_index != PAD)
         token = self.slice(whole.text_index) if settings.combine == "add" else torch.where(text, -1 - source_index, -1)  # to be embedded
@@ -55,7 +56,7 @@ class PlanShard(TokenPlan):
         nothing = ids.new_zeros(())
         tokens = torch.where(token >= 0, ids[token.clamp(min=0).long()], nothing) if len(ids) else nothing.expand(token.shape).contiguous()
         # labels stand here only to say that there are some: the facts are cut from the whole's
-        own = Batch(tokens, None, None, batch.labels, kinds, image_rows, None, batch.scheme, batch.layout, batch.left, batch.unused)
+        own = Batch(tokens, None, None, batch.labels, kinds, image_rows, None, batch.scheme, batch.layout, batch.left, unused)
         super().__init__(own, settings, torch.where(text, -1 - here, source_index))
 
     def __repr__(self) -> str:
@@ -277,8 +278,8 @@ def _images_read(source_index: Tensor, batch: Batch) -> list[Tensor]:
     return found
 
 
-def _with_own_images(source_index: Tensor, batch: Batch) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
-    """(source_index, kinds, image_rows) as they are where only the images that are read are given."""
+def _with_own_images(source_index: Tensor, batch: Batch) -> tuple[Tensor, tuple[int, ...], Tensor | None, int]:
+    """(source_index, kinds, image_rows) as they are where only the images that are read are given, and how many rows those have."""
     kinds: list[int] = []
     listed, start = [], 0
     made = source_index
@@ -299,4 +300,4 @@ def _with_own_images(source_index: Tensor, batch: Batch) -> tuple[Tensor, tuple[
         if each < 0:
             listed.append(sizes[images])
         start += given
-    return made, tuple(kinds), torch.cat(listed) if listed else None
+    return made, tuple(kinds), torch.cat(listed) if listed else None, start

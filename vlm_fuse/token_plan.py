@@ -302,7 +302,8 @@ class TokenPlan:
             order: "contiguous": rank r has the r-th part of each row. "zigzag": the r-th piece of 2 * world_size from the front and
                 from the back, so that all have like work under a causal mask.
             features: "all": every rank gives the features of the whole batch. "own": only of the images in ``shard.images``, so that
-                none runs the vision tower for rows that it does not have. Reads the plan on the host.
+                none runs the vision tower for rows that it does not have; where they are none, whatever rows are given (of a dummy
+                image, so that every rank runs the tower) get a zero gradient. Reads the plan on the host.
 
         Returns:
             PlanShard: a TokenPlan of ``(G, W / world_size)`` rows; `slice` cuts what else has the whole's rows, `restore` puts
