@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from torch.nn.parallel import DistributedDataParallel
 
 from .parallel_batches import ROWS_A_STEP, collated, in_context, in_sequence, label_count, make_rows, whole
-from .parallel_vlm import ParallelVLM
+from .parallel_vlm import HEADS, ParallelVLM
 
 
 class Parallel(NamedTuple):
@@ -134,25 +134,25 @@ def launch(ranks: int, arguments: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parallel", choices=WAYS, nargs="*", default=None, help="default: all that the number of ranks allows")
+    parser.add_argument("--parallel", choices=WAYS, nargs="*", default=None, help="default: all")
     parser.add_argument("--ranks", type=int, default=2, help="where it is not started by torchrun")
     parser.add_argument("--steps", type=int, default=10)
     given = parser.parse_args()
+    ranks = int(os.environ.get("WORLD_SIZE", given.ranks))
+    if ranks not in (2, 4):
+        parser.error(f"--ranks: {ranks} do not share {ROWS_A_STEP} rows and {HEADS} heads evenly; take 2 or 4")
     if "RANK" not in os.environ:
-        return launch(given.ranks, sys.argv[1:])
+        return launch(ranks, sys.argv[1:])
     dist.init_process_group("gloo")
-    ranks = dist.get_world_size()
-    if ROWS_A_STEP % ranks:
-        raise SystemExit(f"--ranks: {ranks} do not share {ROWS_A_STEP} rows evenly; take 1, 2 or 4")
-    ways = given.parallel or [name for name in WAYS if name != "fsdp_context" or ranks % 2 == 0]
+    ways = given.parallel or WAYS
     expected, _ = train(parallel("alone"), given.steps)
     if dist.get_rank() == 0:
-        print(f"{'one process':20} loss {expected[0]:.4f} -> {expected[-1]:.4f}")
+        print(f"{'one process':28} loss {expected[0]:.4f} -> {expected[-1]:.4f}")
     for name in ways:
         losses, _ = train(parallel(name), given.steps)
         difference = max(abs(loss - one) for loss, one in zip(losses, expected))
         if dist.get_rank() == 0:
-            print(f"{name + f', {ranks} ranks':20} loss {losses[0]:.4f} -> {losses[-1]:.4f}   differs by at most {difference:.1e}", flush=True)
+            print(f"{name + f', {ranks} ranks':28} loss {losses[0]:.4f} -> {losses[-1]:.4f}   differs by at most {difference:.1e}", flush=True)
     dist.destroy_process_group()
     return 0
 
