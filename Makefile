@@ -24,7 +24,7 @@ help:
 	@echo "make test    the tests, without those that take long"
 	@echo "make test-all  all tests, and those of the integrations on older releases of transformers, in environments of their own"
 	@echo "make compatibility  docs/compatibility.md, from three releases of transformers: some ten minutes"
-	@echo "make bench   benchmarks, written to benchmarks/results/"
+	@echo "make bench   all benchmarks, about an hour, written to benchmarks/results/;  make bench ARGS=--quick: some minutes"
 	@echo "make info    versions, and every backend with the reason why it is or is not there"
 	@echo "make native  compile csrc/ again in place, only what changed"
 	@echo "make lint    ruff, clang-format and the project's own patterns, on all tracked files; make format mends"

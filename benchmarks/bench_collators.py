@@ -158,8 +158,8 @@ def together(results: list[dict], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short rows")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
-    parser.add_argument("--name", default=f"cpu-{time.strftime('%Y-%m-%d')}/collators", help="folder of this run, below --out")
+    parser.add_argument("--name", default=f"cpu-{time.strftime('%Y-%m-%d')}", help="folder below benchmarks/results")
+    parser.add_argument("--out", type=Path, default=None, help="folder, instead of one below benchmarks/results")
     asked = parser.parse_args()
     facts, note = environment(), busy_note()
     torch.set_num_threads(1)  # what a data-loader worker has
@@ -169,7 +169,7 @@ def main() -> None:
     results = [measure(list(range(len(row))), Pipeline([samples[i] for i in row]), 0.2 if asked.quick else 6.0) for row in with_images]
     lines = ["# Collators", "", *(f"{key}: {value}  " for key, value in facts.items()), *([f"**Note:** {note}"] if note else []), "",
              "Time of each way to collate the samples of a packed row, and what it takes beyond pad and stack as a share of the step", "(preparing the samples, then pad and stack). One thread, as in a worker.", "", *table(results)]  # fmt: skip
-    folder = asked.out / asked.name
+    folder = asked.out or RESULTS / asked.name / "collators"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "collators.json", dict(environment=facts, note=note, results=results))
     (folder / "collators.md").write_text("\n".join(lines) + "\n")

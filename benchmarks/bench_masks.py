@@ -6,10 +6,10 @@
     python -m benchmarks.bench_masks --device cuda
 
 Rows of documents as training data has them, packed first fit decreasing. Writes masks.json (every round), masks.md
-(tables) and masks.png (time and memory over the length of the row) to benchmarks/results/<name>/ and prints which targets
-were reached. Contestants take turns within one process; the first call of a turn, which finds cold caches, is reported
-apart. What a contestant returns is compared with the mask written out by its rule, to the bit, before it is timed; an
-operation in which one differs is refused, and the exit status 1.
+(tables), masks.png (time and memory over the length of the row) and roofline_masks.png (time over bytes written) to
+benchmarks/results/<name>/ and prints which targets were reached. Contestants take turns within one process; the first call of
+a turn, which finds cold caches, is reported apart. What a contestant returns is compared with the mask written out by its
+rule, to the bit, before it is timed; an operation in which one differs is refused, and the exit status 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import vlm_fuse
-from benchmarks import batches, launches, operations, report
+from benchmarks import batches, launches, operations, report, roofline
 from benchmarks.bench_merge import RESULTS, progress_bar
 from benchmarks.memory import peak_bytes, resident_bytes, transient_bytes
 from benchmarks.operations import Operation
@@ -669,6 +669,7 @@ def main() -> int:
     reached = [*evaluate(measured_operations(results), MASK_TARGETS), *figures(results, arguments)]
     printed, fine = write_report(folder, about, busy, results, reached)
     plot(measured_operations(results), folder / "masks.png")
+    roofline.write(measured_operations(results), folder)
     print(printed)
     return 0 if fine else 1
 

@@ -5,12 +5,12 @@
     python -m benchmarks.bench_merge --only "case B"  groups whose name contains the words
     python -m benchmarks.bench_merge --device cuda
 
-Writes results.json (every round), results.md (tables) and results.png (plot) to benchmarks/results/<name>/ and prints
-which targets were reached. On a CPU everything is run under two conditions: with torch's default pages and with
-THP_MEM_ALLOC_ENABLE=1, since page faults of fresh memory can cost more than the copy itself. Whether malloc has memory at
-hand that it need not fetch anew depends on what the process did before; so each group runs in processes of its own,
-several of them for the cases with targets, whose rounds are pooled, and page faults are counted. A contestant whose result
-differs from the expected one makes its operation refused, and the exit status 1.
+Writes results.json (every round), results.md (tables), results.png (ratios) and roofline.png (time over bytes moved) to
+benchmarks/results/<name>/ and prints which targets were reached. On a CPU everything is run under two conditions: with
+torch's default pages and with THP_MEM_ALLOC_ENABLE=1, since page faults of fresh memory can cost more than the copy itself.
+Whether malloc has memory at hand that it need not fetch anew depends on what the process did before; so each group runs in
+processes of its own, several of them for the cases with targets, whose rounds are pooled, and page faults are counted. A
+contestant whose result differs from the expected one makes its operation refused, and the exit status 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import batches, operations, report
+from benchmarks import batches, operations, report, roofline
 from benchmarks.memory import transient_bytes
 from benchmarks.presets import DOCUMENTS, IMAGE_SHARES
 from benchmarks.targets import evaluate
@@ -294,6 +294,7 @@ def write_report(folder: Path, runs: dict[str, dict[str, Any]]) -> tuple[str, bo
     report.write_json(folder / "results.json", runs)
     (folder / "results.md").write_text("\n".join(text))
     report.plot(measured, folder / "results.png")
+    roofline.write(measured, folder)
     refused = [result["refused"] for result in measured if "refused" in result]
     printed = [*notes, *(f"REFUSED: {reason}" for reason in refused), *summary, f"\nWritten to {folder}"]
     failed = any("failed" in result for result in results)

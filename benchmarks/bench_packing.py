@@ -84,8 +84,8 @@ def table(results: list[dict]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer samples")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
-    parser.add_argument("--name", default=f"cpu-{time.strftime('%Y-%m-%d')}/packing", help="folder of this run, below --out")
+    parser.add_argument("--name", default=f"cpu-{time.strftime('%Y-%m-%d')}", help="folder below benchmarks/results")
+    parser.add_argument("--out", type=Path, default=None, help="folder, instead of one below benchmarks/results")
     asked = parser.parse_args()
     facts = environment()
     note = busy_note()
@@ -95,7 +95,7 @@ def main() -> None:
     name, count, capacity = MANY
     results.append(measure(name, 5000 if asked.quick else count, capacity, 0.1 if asked.quick else 20.0))
     lines = ["# Packing", "", *(f"{key}: {value}  " for key, value in facts.items()), *([f"**Note:** {note}"] if note else []), "", *table(results)]
-    folder = asked.out / asked.name
+    folder = asked.out or RESULTS / asked.name / "packing"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "packing.json", dict(environment=facts, note=note, results=results))
     (folder / "packing.md").write_text("\n".join(lines) + "\n")

@@ -1,7 +1,7 @@
 """Time and host reads of transformers models, as they are and patched by vlm_fuse.
 
     python -m benchmarks.bench_patched            about two minutes
-    python -m benchmarks.bench_patched --quick    some seconds
+    python -m benchmarks.bench_patched --quick    small models; on a CPU in float32, since many have no bfloat16 and take minutes
     python -m benchmarks.bench_patched --device cuda
 
 Models of the width of Qwen2.5-VL 3B and LLaVA 1.5 with few layers and random weights: what a step spends beside the merge grows
@@ -100,9 +100,10 @@ def host_reads(run: Callable[[], Any]) -> dict[str, int]:
     return {name: counts[f"aten::{name}"] for name in COUNTED}
 
 
-def measure(load: Load, device: str, budget: float) -> dict[str, Any]:
-    load.model.to(device, torch.bfloat16).train()
-    load = load._replace(batch={name: _sent(value, device) for name, value in load.batch.items()})
+def measure(load: Load, device: str, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
+    budget, least = (2, 3) if quick else (20, 7)
+    load.model.to(device, dtype).train()
+    load = load._replace(batch={name: _sent(value, device, dtype) for name, value in load.batch.items()})
     stock = [value.clone() for value in step(load)]
     reads = {STOCK: host_reads(lambda: step(load))}
     started = time.perf_counter()
@@ -120,7 +121,7 @@ def measure(load: Load, device: str, budget: float) -> dict[str, Any]:
     for operation, run in (("forward", forward), ("forward and backward", step)):
         # each undoes what the other left before the clock starts
         contestants = [Contestant(STOCK, lambda run=run: run(load), lambda: unpatch(load.model)), Contestant(PATCHED, lambda run=run: run(load), lambda: _patched(load))]
-        times = interleave(contestants, budget=budget, least=7, most=60, device=device)
+        times = interleave(contestants, budget=budget, least=least, most=60, device=device)
         unpatch(load.model)
         rows[operation] = {name: times.row(name, STOCK) for name in times.times}
         rounds[operation] = times.times
@@ -135,8 +136,8 @@ def _patched(load: Load) -> None:
     patch(load.model)
 
 
-def _sent(value, device: str):
-    return value.to(device, torch.bfloat16 if value.dtype.is_floating_point else value.dtype)
+def _sent(value, device: str, dtype: torch.dtype):
+    return value.to(device, dtype if value.dtype.is_floating_point else value.dtype)
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -167,7 +168,8 @@ def main() -> int:
     torch.manual_seed(0)
     if arguments.device != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)  # or two unpatched runs differ
-    found = [measure(make(arguments.quick), arguments.device, 2 if arguments.quick else 20) for make in (qwen2_5_vl, llava)]
+    dtype = torch.float32 if arguments.quick and arguments.device == "cpu" else torch.bfloat16
+    found = [measure(make(arguments.quick), arguments.device, dtype, arguments.quick) for make in (qwen2_5_vl, llava)]
     surroundings = environment(arguments.device)
     folder = Path(arguments.out) if arguments.out else RESULTS / (arguments.name or f"{arguments.device}-{time.strftime('%Y-%m-%d')}") / "patched"
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +177,7 @@ def main() -> int:
     heading = [
         "# transformers models, patched and as they are",
         "",
-        f"transformers {transformers.__version__}, bfloat16, one decoder layer, without the head. Outputs and gradients equal to the bit.",
+        f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}, one decoder layer, without the head. Outputs and gradients equal to the bit.",
         "",
         *([f"- {note}", ""] if note else []),
         report.environment_table(surroundings),

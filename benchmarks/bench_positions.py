@@ -139,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_positions", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--name", default=None, help="folder below benchmarks/results")
+    parser.add_argument("--out", default=None, help="folder, instead of one below benchmarks/results")
     arguments = parser.parse_args()
     # neither needs a second thread at this size, and transformers' small tensor operations are slower with one on a busy machine
     torch.set_num_threads(1)
@@ -147,7 +148,7 @@ def main() -> int:
     least = min(result["rows"][THEIRS]["ratio"] for result in found if result["placeholders"])
     reached = f"at least {TARGET} times as fast as transformers: {'yes' if least >= TARGET else 'MISSED'}, {least:.3g} on the batch with the least"
     surroundings = environment("cpu")
-    folder = RESULTS / (arguments.name or f"cpu-{time.strftime('%Y-%m-%d')}") / "positions"
+    folder = Path(arguments.out) if arguments.out else RESULTS / (arguments.name or f"cpu-{time.strftime('%Y-%m-%d')}") / "positions"
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(folder / "positions.json", {"environment": surroundings, "busy": note, "results": found, "target": reached})
     import transformers

@@ -53,8 +53,8 @@ def results_table(results: list[dict[str, Any]]) -> str:
             for rows in shown.values():
                 row = rows[name]
                 faults = "" if row["faults"] is None else f"{row['faults']:.0f}"
-                spread = f"{_digits(row['ratio_p20'])} to {_digits(row['ratio_p80'])}"
-                line += f" {_digits(row['ms'])} | {_digits(row['ratio'])} ({spread}) | {row['gbs']:.1f} | {faults} |"
+                spread = f"{digits(row['ratio_p20'])} to {digits(row['ratio_p80'])}"
+                line += f" {digits(row['ms'])} | {digits(row['ratio'])} ({spread}) | {row['gbs']:.1f} | {faults} |"
             transient = next(iter(shown.values()))[name]["transient"]
             lines.append(line + (" |" if transient is None else f" {transient:.0f} |"))
     return "\n".join(lines)
@@ -67,8 +67,8 @@ def targets_table(reached: list[Reached]) -> str:
         t = item.target
         sign = ">=" if t.at_least else "<="
         lines.append(
-            f"| {t.text} | {t.batch} | {t.pages} | {sign} {t.must:g} | {sign} {t.aim:g} | {_digits(item.value)} "
-            f"({_digits(item.spread[0])} to {_digits(item.spread[1])}) | {item.verdict} |"
+            f"| {t.text} | {t.batch} | {t.pages} | {sign} {t.must:g} | {sign} {t.aim:g} | {digits(item.value)} "
+            f"({digits(item.spread[0])} to {digits(item.spread[1])}) | {item.verdict} |"
         )
     return "\n".join(lines)
 
@@ -123,7 +123,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             places = [i + (offset - (len(by_pages) - 1) / 2) * height for i in range(len(rows))]
             colors = [(OWN_BARS if row["contestant"].startswith("vlm_fuse") else BARS)[pages] for row in rows]
             bars = axis.barh(places, [row["ratio"] for row in rows], height=height, color=colors)
-            axis.bar_label(bars, [f" {_digits(row['ratio'])}" for row in rows], fontsize=7)
+            axis.bar_label(bars, [f" {digits(row['ratio'])}" for row in rows], fontsize=7)
             axis.set_yticks(range(len(rows)), [row["contestant"] for row in rows])
         shades = "; dark: default, light: huge pages" if len(by_pages) > 1 else ""
         axis.axvline(1, color="black", linewidth=0.6)
@@ -154,6 +154,6 @@ def _shortened(content: Any) -> Any:
     return float(f"{content:.4g}") if isinstance(content, float) else content
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three figures that mean something."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
