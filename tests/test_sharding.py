@@ -23,8 +23,8 @@ def divisible(case, order, world_size):
     return replace(case, given=replace(case.given, length=-(-case.answer().width // pieces) * pieces))
 
 
-def whole_plan(case, backend, device):
-    return vlm_fuse.plan(case.input_ids(device), combine=case.combine, backend=backend, **case.settings(device), **case.kinds_for_plan(device))
+def whole_plan(case, ids, backend, device):
+    return vlm_fuse.plan(ids, combine=case.combine, backend=backend, **case.settings(device), **case.kinds_for_plan(device))
 
 
 def features_of(case, entries):
@@ -46,7 +46,7 @@ def own_features(case, entries, shard):
 
 def text_arguments(case, tensors, shard):
     if tensors.text is not None:
-        return dict(input_ids=None, inputs_embeds=shard.pack(tensors.text))
+        return dict(input_ids=None if case.mask_instead_of_id else shard.input_ids, inputs_embeds=shard.pack(tensors.text))
     return dict(input_ids=shard.input_ids, weight=tensors.weight, embed_scale=case.scale)
 
 
@@ -56,9 +56,9 @@ def check(case, order, world_size, features, backend, device):
     tensors = placed_tensors(case, device)
     if not tensors.features and case.given.kinds:
         return
-    plan = whole_plan(case, backend, device)
+    ids = case.input_ids(device)
+    plan = whole_plan(case, ids, backend, device)
     whole_text = dict(inputs_embeds=tensors.text) if tensors.text is not None else dict(weight=tensors.weight, embed_scale=case.scale)
-    ids = None if tensors.text is not None else case.input_ids(device)
     whole = vlm_fuse.merge(ids, **whole_text, image_embeds=features_of(case, tensors.features), plan=plan, backend=backend)
     grad = torch.randn(whole.inputs_embeds.shape, generator=torch.Generator().manual_seed(1)).to(device, whole.inputs_embeds.dtype)
     expected = torch.autograd.grad(whole.inputs_embeds, tensors.leaves, grad, allow_unused=True)
@@ -76,9 +76,13 @@ def check(case, order, world_size, features, backend, device):
             assert (mine is None) == (all_of is None) and (mine is None or torch.equal(mine, shard.slice(all_of))), name
         assert torch.equal(merged.cu_seqlens, plan.cu_seqlens) and merged.max_seqlen == plan.max_seqlen
         assert torch.equal(merged.mask.dense(), shard.slice(plan.mask().dense(), 2))
+        of_batch = vlm_fuse.merge(ids, **whole_text, image_embeds=features_of(case, entries), plan=shard, backend=backend)
+        assert_bits(of_batch.inputs_embeds, merged.inputs_embeds, "from the text of the whole batch")
+        parts, others = (torch.autograd.grad(made.inputs_embeds, tensors.leaves, shard.slice(grad), allow_unused=True) for made in (merged, of_batch))
         gathered.append(merged.inputs_embeds)
         unpacked += merged.unpack(merged.inputs_embeds)
-        for sum_, part in zip(total, torch.autograd.grad(merged.inputs_embeds, tensors.leaves, shard.slice(grad), allow_unused=True)):
+        for sum_, part, other in zip(total, parts, others):
+            assert (part is None) == (other is None) and (part is None or torch.equal(part, other)), "gradients from the text of the whole batch"
             if part is not None:
                 sum_ += part
     assert_bits(shard.restore(torch.cat(gathered, 1)), whole.inputs_embeds, "restored")
@@ -101,7 +105,7 @@ def test_shards_are_the_whole(case, order, backend, device):
             check(made, order, world_size, "all", backend, device)
     if all(made is None for _, made in fitting):
         with pytest.raises(ValueError, match="pad input_ids to"):
-            whole_plan(case, backend, device).shard(0, 2, order=order)
+            whole_plan(case, case.input_ids(device), backend, device).shard(0, 2, order=order)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -176,7 +180,9 @@ def test_shards_of_a_shard():
         assert inner.mask().kv_length == 16 and torch.equal(inner.pack(torch.arange(16).view(2, 8))[0], plan.pack(torch.arange(16).view(2, 8))[0, rows])
         text, features = torch.randn(2, 8, 5), torch.randn(8, 5)
         made = vlm_fuse.merge(None, inner.pack(text), features, plan=inner)
-        assert torch.equal(made.inputs_embeds, vlm_fuse.merge(None, text, features, plan=plan).inputs_embeds[:, rows])
+        expected = vlm_fuse.merge(None, text, features, plan=plan).inputs_embeds[:, rows]
+        assert torch.equal(made.inputs_embeds, expected)
+        assert torch.equal(vlm_fuse.merge(None, text, features, plan=inner).inputs_embeds, expected)
 
 
 def test_add_features():
@@ -236,6 +242,25 @@ def test_varlen_of_shards():
             assert torch.equal(seen_by_varlen(piece)[kept], piece.dense()[0, 0][kept])
 
 
+def test_whose_tokens_is_never_guessed():
+    """Tokens of the shard and of the batch have one shape: the very ids decide, and without them it is refused."""
+    ids = torch.tensor([[1, 9, 2, 9]])
+    plan = vlm_fuse.plan(ids, image_token_id=9, image_sizes=[3, 3], scheme="expand", layout="packed")
+    shard = plan.shard(1, 2)
+    table, features = torch.randn(10, 4), torch.randn(6, 4)
+    expected = vlm_fuse.merge(ids, weight=table, image_embeds=features, plan=plan).inputs_embeds[:, 4:]
+    for given in (ids, shard.input_ids):
+        assert torch.equal(vlm_fuse.merge(given, weight=table, image_embeds=features, plan=shard).inputs_embeds, expected)
+        assert torch.equal(vlm_fuse.merge(given, table[given], features, plan=shard).inputs_embeds, expected)
+        for call in (lambda g=given: vlm_fuse.merge(g.clone(), weight=table, image_embeds=features, plan=shard), lambda g=given: vlm_fuse.merge(None, table[g], features, plan=shard)):
+            with pytest.raises(ValueError, match="give input_ids=shard.input_ids with rows of the shard"):
+                call()
+    same = plan.shard(0, 1)
+    assert same.source_index.shape == (1, 8) and torch.equal(vlm_fuse.merge(ids.clone(), weight=table, image_embeds=features, plan=same).inputs_embeds[:, 4:], expected)
+    kept = vlm_fuse.plan(ids, image_token_id=9).shard(0, 1)  # one rank: the numbers are the same, whosever they are
+    assert torch.equal(vlm_fuse.merge(None, table[ids], features[:2], plan=kept).inputs_embeds, vlm_fuse.merge(ids, table[ids], features[:2], image_token_id=9).inputs_embeds)
+
+
 def test_moved_and_pickled(tmp_path):
     """Sharded in a worker: facts not made yet are made where the whole is."""
     plan = packed_plan()
@@ -247,7 +272,7 @@ def test_moved_and_pickled(tmp_path):
         assert torch.equal(getattr(moved, name), getattr(shard, name)), name
     assert type(moved) is type(shard) and moved.images == shard.images and moved.runs == shard.runs
     meta = shard.to("meta")
-    assert meta.position_ids.device.type == "meta" and meta.mask().kv_hi.device.type == "meta" and meta.shift_labels.shape == (1, 8)
+    assert meta.input_ids.device.type == "meta" and meta.position_ids.device.type == "meta" and meta.mask().kv_hi.device.type == "meta" and meta.shift_labels.shape == (1, 8)
 
 
 def test_ids_outside_the_table_reach_no_embedding():
@@ -285,7 +310,8 @@ def test_dummy_image_of_a_rank_without_images():
     (lambda p: p.shard(0, 2).slice(torch.ones(16), 1), ValueError, "dimension 1"),
     (lambda p: p.shard(0, 2).restore(torch.ones(1, 8)), ValueError, "those of all ranks"),
     (lambda p: p.shard(0, 2).pack(torch.ones(1, 8)), ValueError, r"values: expected \(2, 8\)"),
-    (lambda p: vlm_fuse.merge(torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, 4), torch.ones(8, 4), plan=p.shard(0, 2)), ValueError, "shard.input_ids"),
+    (lambda p: vlm_fuse.merge(torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4, 4), torch.ones(8, 4), plan=p.shard(0, 2)), ValueError, "shard.input_ids"),
+    (lambda p: vlm_fuse.merge(torch.ones(2, 8, dtype=torch.int64), torch.ones(1, 4, 4), torch.ones(8, 4), plan=p.shard(0, 2)), ValueError, "inputs_embeds"),
     (lambda p: vlm_fuse.merge(None, torch.ones(1, 8, 4), torch.ones(8, 4), plan=p.shard(0, 2), layout="padded"), ValueError, "contradicts the plan"),
     (lambda p: vlm_fuse.merge(None, torch.ones(1, 8, 4), torch.ones(8, 4), plan=p.shard(0, 2)).model_kwargs("sdpa"), ValueError, "a shard, and see keys of other ranks"),
     (lambda p: vlm_fuse.merge(None, torch.ones(1, 8, 4), torch.ones(8, 4), plan=packed_plan(labels=None).shard(0, 2), labels=torch.ones(1, 8, dtype=torch.int64)), ValueError, "cut into shards without them"),

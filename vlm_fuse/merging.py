@@ -217,6 +217,7 @@ def merge(
     """
     text = inputs_embeds if weight is None else weight
     asked, quick = name_from(backend), False  # quick: recognised in one native call, which leaves nothing to look at
+    numbering = None  # of a shard's rows, where the text of the whole batch is given
     if plan is None:
         try:
             chosen = planning.known.get((scheme, combine, layout, padding_side, unused_features, validate, asked))
@@ -263,7 +264,7 @@ def merge(
             features, starts = ((), ()) if image_embeds is None else ((image_embeds,), (0,))
         else:
             plan, kinds = settled.agree(plan, options, input_ids, image_embeds, image_token_id, placeholder_mask, labels)
-            settled.sources(plan, kinds, input_ids, inputs_embeds, weight, embed_scale, text)
+            numbering = settled.sources(plan, kinds, input_ids, inputs_embeds, weight, embed_scale, text)
             features, starts = forms.tables(kinds, plan.feature_starts)
             kernels = ops.direct(asked, text, features)
         if validate == "auto":
@@ -279,8 +280,9 @@ def merge(
     if validate == "auto":
         validate = "sync" if text.is_cpu else "async"
     add = plan._settings.combine == "add"
+    numbering = plan if numbering is None else numbering
     call = row_call(
-        None if weight is None else ops.unwrapped(input_ids).contiguous(), embed_scale, starts, plan.source_index, plan.text_index if add else None, add,
+        None if weight is None else ops.unwrapped(input_ids).contiguous(), embed_scale, starts, numbering.source_index, numbering.text_index if add else None, add,
         text.dtype if out is None else out.dtype, validate, asked, weight_grad,
     )  # fmt: skip
     return MergedBatch(merge_rows(kernels, inputs_embeds, weight, features, call, out), plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from . import checks
@@ -9,6 +11,9 @@ from . import features as forms
 from .attending import CAUSAL
 from .batch import KIND_FIELDS
 from .token_plan import TokenPlan
+
+if TYPE_CHECKING:
+    from .sharding import OverBatch
 
 _NAMES = ("scheme", "combine", "layout", "padding_side", "length", "attend", "unused_features")
 _DEFAULTS = ("placeholders", "replace", "keep", "right", None, CAUSAL, "error")
@@ -29,7 +34,7 @@ def usual(plan: TokenPlan, kernels, options: tuple, input_ids, inputs_embeds, we
     elif input_ids is not batch.tokens and input_ids.shape != batch.tokens.shape:
         return False
     kinds = batch.kinds
-    if len(kinds) != KIND_FIELDS or plan._settings.masked_by_tensor or plan._target is not None or image_token_id not in (None, kinds[0]):
+    if len(kinds) != KIND_FIELDS or plan._is_ambiguous or plan._settings.masked_by_tensor or plan._target is not None or image_token_id not in (None, kinds[0]):
         return False
     return kernels.rows_of(input_ids, inputs_embeds, weight, image_embeds, out, plan.source_index) == kinds[2]
 
@@ -43,7 +48,7 @@ def agree(
             own = getattr(plan, name)
             if value != default and value != own:
                 raise ValueError(f"{name}: {value!r} contradicts the plan, which was made with {name}={own!r}; leave it out or make another plan")
-    if input_ids is not None and input_ids.shape != plan.token_shape:
+    if input_ids is not None and input_ids.shape != plan.numbering(input_ids.shape, input_ids).token_shape:
         checks.same_shape("input_ids", input_ids, plan.token_shape, plan._tokens_are)
     if placeholder_mask is not None and not plan._settings.masked_by_tensor:
         raise ValueError(f"placeholder_mask: contradicts the plan, which was made with image_token_id={plan.kind_tokens}; leave it out")
@@ -105,9 +110,12 @@ def _check_rows(plan: TokenPlan, kind: forms.Kind, index: int) -> None:
         )
 
 
-def sources(plan: TokenPlan, kinds, input_ids: Tensor | None, inputs_embeds, weight, embed_scale, text) -> None:
-    """Text and features fit the plan: shape, device, D."""
+def sources(plan: TokenPlan, kinds, input_ids: Tensor | None, inputs_embeds, weight, embed_scale, text) -> TokenPlan | OverBatch:
+    """What numbers the rows of the text: the plan, or its shard's numbering of the whole batch. Text and features fit it: shape, device, D."""
     device = plan.source_index.device
+    tokens = inputs_embeds if weight is None else input_ids
+    if tokens is not None:
+        plan = plan.numbering(tokens.shape[:2], input_ids)
     if (inputs_embeds is None) != (weight is None):
         if weight is not None and input_ids is None:
             raise ValueError("input_ids: needed with weight, also with a plan, to look up the rows")
@@ -117,3 +125,4 @@ def sources(plan: TokenPlan, kinds, input_ids: Tensor | None, inputs_embeds, wei
     checks.text_source(inputs_embeds, weight, input_ids, embed_scale, plan.token_shape, device, "the plan")
     for kind in kinds:
         checks.feature_tensors(kind.tensors, text.shape[-1], device)
+    return plan

@@ -15,11 +15,25 @@ from . import checks
 from .attending import Attend
 from .batch import PAD, Batch
 from .masks import IntervalMask
-from .token_plan import TokenPlan
+from .token_plan import TokenPlan, _Once
 from .transfer import sent
 
 ORDERS = ("contiguous", "zigzag")
 FEATURES = ("all", "own")
+
+
+class OverBatch:
+    """A shard's rows as numbers of the whole batch's tokens, for a call that gives those."""
+
+    def __init__(self, shard: PlanShard):
+        self._shard, device = shard, shard.source_index.device
+        own = sent(shard.slice(shard.whole._batch_source_index), device)
+        self.source_index = torch.where(shard.source_index >= 0, shard.source_index, own)
+        self.token_shape = shard._value_shape
+
+    @property
+    def text_index(self) -> Tensor:
+        return sent(self._shard._token_index, self.source_index.device).contiguous()
 
 
 class PlanShard(TokenPlan):
@@ -27,7 +41,8 @@ class PlanShard(TokenPlan):
 
     Its facts are the whole plan's, cut to the rank's rows: position_ids, document_ids, labels, ... ``(G, w)``. Its masks have w
     query rows and the keys of the whole row. cu_seqlens, max_seqlen are those of the whole: documents do not change by being cut.
-    source_index and text_index count the shard's own tokens.
+    source_index and text_index count the shard's own tokens; `merge` takes the whole batch's ids and embeddings as well, and reads the
+    rank's rows of them.
 
     Attributes:
         whole: the TokenPlan that it is a shard of.
@@ -35,7 +50,8 @@ class PlanShard(TokenPlan):
         input_ids: ``(G, w)`` ids to embed; see there.
     """
 
-    _tokens_are = "shard.input_ids, the tokens of this rank's rows"
+    _where = ("_over_batch", "_ids")
+    _tokens_are = "shard.input_ids, the tokens of this rank's rows, or of the whole batch's input_ids; the former"
 
     def __init__(self, whole: TokenPlan, rank: int, world_size: int, order: str, features: str):
         checks.choice("order", order, ORDERS)
@@ -72,7 +88,7 @@ class PlanShard(TokenPlan):
         """
         if self._settings.masked_by_tensor:
             raise ValueError("input_ids: the plan was made from a placeholder_mask; cut the embeddings instead, shard.pack(inputs_embeds)")
-        return self._batch.tokens
+        return self._ids
 
     @property
     def has_document_ids(self) -> bool:
@@ -155,6 +171,38 @@ class PlanShard(TokenPlan):
         return self.slice(self.whole._token_index)
 
     @property
+    def _batch_source_index(self) -> Tensor:
+        return self._over_batch.source_index
+
+    def numbering(self, shape: torch.Size, input_ids: Tensor | None) -> OverBatch | PlanShard:
+        own, of_batch = shape == self.token_shape, shape == self._value_shape
+        if own and of_batch and self._is_ambiguous:
+            own, of_batch = input_ids is self._ids, input_ids is self._batch_tokens
+            if not own and not of_batch:
+                raise ValueError(
+                    f"input_ids: {tuple(shape)} is the shape of the batch's tokens and of this shard's; give input_ids=shard.input_ids with rows of the shard, or the "
+                    "very tensor that the plan was made from with rows of the batch, so that it is clear which"
+                )
+        return self._over_batch if of_batch and not own else self
+
+    @_Once
+    def _over_batch(self) -> OverBatch:
+        return OverBatch(self)
+
+    @_Once
+    def _is_ambiguous(self) -> bool:
+        """Tokens of the shard and of the batch cannot be told by their shape, and are not the same."""
+        return self.token_shape == self._value_shape and not torch.equal(self._over_batch.source_index, self.source_index)
+
+    @property
+    def _batch_tokens(self) -> Tensor:
+        return self.whole._batch_tokens
+
+    @_Once
+    def _ids(self) -> Tensor:
+        return self._batch.tokens if self._target is None else sent(self._batch.tokens, self._target)
+
+    @property
     def _value_shape(self) -> torch.Size:
         return self.whole._value_shape
 
@@ -169,7 +217,7 @@ class PlanShard(TokenPlan):
                 fact = torch.where(sent(self._token_index, own.device) >= 0, here, -1)
             else:
                 fact = getattr(self.whole, name)
-                fact = fact if name == "cu_seqlens" else self.slice(fact)
+                fact = fact if name == "cu_seqlens" else self.slice(fact).contiguous()
             self.__dict__[name] = fact if self._target is None else sent(fact, self._target)
 
     @property

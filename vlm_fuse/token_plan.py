@@ -96,6 +96,8 @@ class TokenPlan:
         feature_starts: tuple of ints, ``kinds + 1``: the number of each kind's first feature row, and of all.
     """
 
+    _where: tuple[str, ...] = ()  # what is made again where the plan is moved to
+    _is_ambiguous = False  # whose tokens are given, a shard's or the batch's
     _tokens_are = "the tokens that the plan was made from"  # in an error
 
     def __init__(self, batch: Batch, settings: Settings, source_index: Tensor, fill=None, versions: tuple | None = None, step_facts: tuple[Tensor, ...] = ()):
@@ -294,7 +296,8 @@ class TokenPlan:
         """The plan of the rows that one rank has, where ranks share every row out (context or sequence parallelism).
 
         ``merge(shard.input_ids, embedding(shard.input_ids), image_embeds, plan=shard)`` makes those rows and no others; with
-        ``weight=`` the lookup is fused as ever. `add_features` takes the shard as well.
+        ``weight=`` the lookup is fused as ever. Ids and embeddings of the whole batch do as well, of which the rank's rows are
+        read. `add_features` takes the shard too.
 
         Args:
             rank: of this rank in the group that shares the rows out, from 0.
@@ -363,6 +366,20 @@ class TokenPlan:
         return self.text_index
 
     @property
+    def _batch_source_index(self) -> Tensor:
+        """source_index that counts the batch's tokens, also for a shard."""
+        return self.source_index
+
+    def numbering(self, shape: torch.Size, input_ids: Tensor | None) -> TokenPlan:
+        """What numbers the rows of tokens of this shape; a shard's may be its own or the batch's."""
+        return self
+
+    @property
+    def _batch_tokens(self) -> Tensor:
+        """The batch's tokens, also for a shard."""
+        return self._batch.tokens
+
+    @property
     def _value_shape(self) -> torch.Size:
         """(B, T) of the batch, also for a shard of it."""
         return self.token_shape
@@ -371,7 +388,7 @@ class TokenPlan:
 
     def _moved(self, move) -> TokenPlan:
         plan = object.__new__(type(self))
-        plan.__dict__.update({name: move(value) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()})
+        plan.__dict__.update({name: move(value) if isinstance(value, Tensor) else value for name, value in self.__dict__.items() if name not in self._where})
         plan._masks = {attend: mask._moved(move) for attend, mask in self._masks.items()}
         return plan
 
