@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a CUDA machine can tell in one go, within 8 minutes: build, host cost, launches, masks, benchmarks, tests,
+# Everything a CUDA machine can tell in one go, within 8 minutes: build, host cost, launches, merge, masks, training steps, tests,
 # compute-sanitizer. No step stops the next; each has its own time limit and a log, and all limits together fit. A short
 # table comes last.
 #
@@ -8,8 +8,9 @@
 #   PYTHON=.venv/bin/python QUICK=1 benchmarks/gpu_report.sh
 #   PARTS=benchmarks benchmarks/gpu_report.sh    or "tests", or "sanitizer": with more time for each step
 #
-# Without a GPU it runs what runs without one, and says what it skipped. Writes at most 8 files: report.md, steps.log,
-# tests.log, sanitizer.log, results.json, results.md, results.png, overhead.json.
+# Without a GPU it runs what runs without one, and says what it skipped. Writes report.md, steps.log, tests.log, sanitizer.log,
+# results.json, results.md, results.png, roofline.png, overhead.json, patched.json, and of training steps throughput.json and .png with
+# the traces of one step before and after.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -87,6 +88,10 @@ if wanted benchmarks; then  # first, while nothing else runs
         skip "patched models" "transformers is not installed"
     fi
 
+    step "training" "$(longest 60)" steps.log "$PYTHON" -W ignore -m benchmarks.train_throughput --device "$DEVICE" "${QUICK_FLAG[@]}" \
+        --only nanovlm,qwen2_5_vl --trace --out "$WORK/throughput"
+    cp "$WORK"/throughput/throughput.{json,png} "$WORK"/throughput/trace_*.json.gz "$OUT/" 2>/dev/null
+
     NCU=$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | head -1)
     if [ -z "$GPU" ] || [ -z "$NCU" ]; then
         skip "ncu" "$([ -z "$GPU" ] && echo no GPU || echo not installed)"
@@ -100,7 +105,7 @@ fi
 # what only a GPU shows comes first; what is compiled for GPUs that need not be here is left to machines without one
 FIRST=(tests/test_streams_and_graphs.py tests/test_cuda_allocation.py)
 LEFT_OUT=()
-for name in install headers emulator demo docs packing packing_ranks packing_stream packing_distributed padding_experiment \
+for name in install headers emulator demo docs packing packing_ranks packing_stream packing_distributed distributed_training padding_experiment train_throughput bench_command \
     collators_transformers patched_families packed_families patched_rope_index patched_distributed attend_of_config nanovlm trainers cuda_compile cuda_sanitized triton_compile streams_and_graphs cuda_allocation; do
     LEFT_OUT+=(--ignore "tests/test_$name.py")
 done
@@ -151,6 +156,8 @@ fi
     [ -f "$WORK/masks/masks.md" ] && sed -n '/^- /p;/^## Targets/,$p' "$WORK/masks/masks.md" | sed 's/^## /### /'
     echo; echo "## Patched models"; echo
     [ -f "$WORK/patched/patched.md" ] && sed -n '/^| model/,$p' "$WORK/patched/patched.md"
+    echo; echo "## Training"; echo
+    [ -f "$WORK/throughput/throughput.md" ] && sed -n '/^## What was to be shown/,$p' "$WORK/throughput/throughput.md" | sed 's/^## /### /'
     echo; echo "## Targets"; echo
     [ -f "$OUT/results.md" ] && sed -n '/^## Targets/,/^## /p' "$OUT/results.md" | grep -v '^## '
     if [ -s "$WORK/ncu.csv" ]; then

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("transformers", minversion="4.57")
 
-from tiny_llava import batch, llava, scatters, step  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
+from tiny_llava import batch, llava, scatters, step  # noqa: E402
 from vlm_fuse.integrations.transformers import patch, unpatch  # noqa: E402
 
 
