@@ -59,7 +59,7 @@ def refusals(subject: Subject, found: dict[str, dict[str, Any]]) -> dict[str, st
 
 def ticks(subject: Subject) -> int:
     """How often `measure` ticks at most: fewer rounds are timed on a machine that is slow."""
-    return len(running(subject)) * (1 + 1 + subject.setting.rounds + 2)
+    return len(running(subject)) * (1 + 2 + subject.setting.rounds + 2)
 
 
 def measure(subject: Subject, device: str, dtype: torch.dtype, tick: Callable[[], None], traces: Path | None = None) -> dict[str, Any]:
@@ -87,6 +87,9 @@ def measure(subject: Subject, device: str, dtype: torch.dtype, tick: Callable[[]
 
     how = subject.setting
     contestants = [Contestant(way.name, steps[way.name], prepared(way)) for way in chosen]
+    for contestant in contestants:  # a first step takes several times as long as the others, from which the number of rounds is told
+        contestant.prepare()
+        contestant.run()
     times = interleave(contestants, budget=how.seconds, warmup=1, least=3, most=how.rounds, device=device)
     rows = {}
     for way in chosen:
