@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_throughput                        on a CPU small models, under three minutes
     python -m benchmarks.train_throughput --quick                tiny ones, under a minute
+    python -m benchmarks.train_throughput --long                 four times the rounds, seven minutes: for results that are kept
     python -m benchmarks.train_throughput --device cuda --trace  the models' own widths, bfloat16
     python -m benchmarks.train_throughput --only nanovlm,llava
 
@@ -35,7 +36,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def asked(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny models, few rounds")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="tiny models, few rounds")
+    length.add_argument("--long", action="store_true", help="four times the rounds")
     parser.add_argument("--only", default=",".join(subjects.KEYS), help=f"models, by comma; default all: {', '.join(subjects.KEYS)}")
     parser.add_argument("--nanovlm", choices=nanovlm.SIZES, help="another size of the nanoVLM-shaped model")
     parser.add_argument("--distribution", choices=DISTRIBUTIONS, help="samples of another distribution, for models whose towers make such images")
@@ -78,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(unit="step", disable=None) as bar:
         for number, key in enumerate(options.only, 1):
             bar.set_description(f"{key}, {number} of {len(options.only)}")
-            setting = subjects.setting(key, options.device, options.quick)
+            setting = subjects.setting(key, options.device, options.quick, options.long)
             if key == "nanovlm" and options.nanovlm is not None:
                 setting = setting._replace(size=options.nanovlm)
             try:

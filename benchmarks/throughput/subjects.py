@@ -35,9 +35,13 @@ _GPU = {key: Setting("full", 8192, 2, 20.0, 20) for key in KEYS} | {
 }
 
 
-def setting(key: str, device: str, quick: bool) -> Setting:
-    """What a machine of this kind gets."""
-    return (_QUICK if quick else _CPU if device == "cpu" else _GPU)[key]
+LONG = 4  # times as many rounds
+
+
+def setting(key: str, device: str, quick: bool, long: bool = False) -> Setting:
+    """What a machine of this kind gets; `long`: with more rounds, for results that are kept."""
+    found = (_QUICK if quick else _CPU if device == "cpu" else _GPU)[key]
+    return found._replace(seconds=LONG * found.seconds, rounds=LONG * found.rounds) if long else found
 
 
 class Subject(NamedTuple):
