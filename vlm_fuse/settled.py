@@ -48,7 +48,7 @@ def agree(
             own = getattr(plan, name)
             if value != default and value != own:
                 raise ValueError(f"{name}: {value!r} contradicts the plan, which was made with {name}={own!r}; leave it out or make another plan")
-    if input_ids is not None and input_ids.shape != plan.numbering(input_ids.shape, input_ids).token_shape:
+    if input_ids is not None and input_ids.shape != plan._numbering(input_ids.shape, input_ids).token_shape:
         checks.same_shape("input_ids", input_ids, plan.token_shape, plan._tokens_are)
     if placeholder_mask is not None and not plan._settings.masked_by_tensor:
         raise ValueError(f"placeholder_mask: contradicts the plan, which was made with image_token_id={plan.kind_tokens}; leave it out")
@@ -115,7 +115,7 @@ def sources(plan: TokenPlan, kinds, input_ids: Tensor | None, inputs_embeds, wei
     device = plan.source_index.device
     tokens = inputs_embeds if weight is None else input_ids
     if tokens is not None:
-        plan = plan.numbering(tokens.shape[:2], input_ids)
+        plan = plan._numbering(tokens.shape[:2], input_ids)
     if (inputs_embeds is None) != (weight is None):
         if weight is not None and input_ids is None:
             raise ValueError("input_ids: needed with weight, also with a plan, to look up the rows")

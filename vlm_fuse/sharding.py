@@ -174,7 +174,7 @@ class PlanShard(TokenPlan):
     def _batch_source_index(self) -> Tensor:
         return self._over_batch.source_index
 
-    def numbering(self, shape: torch.Size, input_ids: Tensor | None) -> OverBatch | PlanShard:
+    def _numbering(self, shape: torch.Size, input_ids: Tensor | None) -> OverBatch | PlanShard:
         own, of_batch = shape == self.token_shape, shape == self._value_shape
         if own and of_batch and self._is_ambiguous:
             own, of_batch = input_ids is self._ids, input_ids is self._batch_tokens

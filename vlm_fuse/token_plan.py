@@ -370,7 +370,7 @@ class TokenPlan:
         """source_index that counts the batch's tokens, also for a shard."""
         return self.source_index
 
-    def numbering(self, shape: torch.Size, input_ids: Tensor | None) -> TokenPlan:
+    def _numbering(self, shape: torch.Size, input_ids: Tensor | None) -> TokenPlan:
         """What numbers the rows of tokens of this shape; a shard's may be its own or the batch's."""
         return self
 
