@@ -66,19 +66,33 @@ def refused(call) -> str:
 
 
 def dtensors() -> dict:
-    """What merge says to rows that are spread over ranks."""
+    """What is said to tensors that are spread over ranks, by argument."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     ids = torch.tensor([[1, 9, 9, 2]])
-    text, rows, weight = torch.randn(1, 4, 8), torch.randn(2, 8), torch.randn(10, 8)
+    text, rows, weight, heads = torch.randn(1, 4, 8), torch.randn(2, 8), torch.randn(12, 8), torch.randn(1, 4, 4, 8)
     plan = vlm_fuse.plan(ids, image_token_id=9)
-    spread = dict(text=distribute_tensor(text, mesh, [Shard(1)]), rows=distribute_tensor(rows, mesh, [Replicate()]), weight=distribute_tensor(weight, mesh, [Shard(0)]))
-    spread = {name: value.requires_grad_() for name, value in spread.items()}
+
+    def spread(tensor, placement=None):
+        return distribute_tensor(tensor, mesh, [placement or Replicate()])
+
+    given = dict(image_token_id=9)
     return {
-        "inputs_embeds": refused(lambda: vlm_fuse.merge(ids, spread["text"], rows, image_token_id=9)),
-        "image_embeds": refused(lambda: vlm_fuse.merge(ids, text, spread["rows"], plan=plan)),
-        "image_embeds of a list": refused(lambda: vlm_fuse.merge(ids, text, [spread["rows"]], image_token_id=9)),
-        "weight": refused(lambda: vlm_fuse.merge(ids, weight=spread["weight"], image_embeds=rows, image_token_id=9)),
-        "hidden_states": refused(lambda: vlm_fuse.add_features(spread["text"], rows, plan)),
+        "inputs_embeds": refused(lambda: vlm_fuse.merge(ids, spread(text, Shard(1)).requires_grad_(), rows, **given)),
+        "inputs_embeds with a plan": refused(lambda: vlm_fuse.merge(ids, spread(text, Shard(1)), rows, plan=plan)),
+        "image_embeds": refused(lambda: vlm_fuse.merge(ids, text, spread(rows).requires_grad_(), plan=plan)),
+        "image_embeds of a list": refused(lambda: vlm_fuse.merge(ids, text, [spread(rows)], **given)),
+        "weight": refused(lambda: vlm_fuse.merge(ids, weight=spread(weight, Shard(0)).requires_grad_(), image_embeds=rows, **given)),
+        "input_ids": refused(lambda: vlm_fuse.plan(spread(ids), **given)),
+        "input_ids of merge": refused(lambda: vlm_fuse.merge(spread(ids), text, rows, **given)),
+        "attention_mask": refused(lambda: vlm_fuse.merge(ids, text, rows, attention_mask=spread(torch.ones_like(ids)), layout="packed", **given)),
+        "labels": refused(lambda: vlm_fuse.merge(ids, text, rows, labels=spread(ids), **given)),
+        "labels of a plan": refused(lambda: vlm_fuse.merge(ids, text, rows, labels=spread(ids), plan=plan)),
+        "document_ids": refused(lambda: vlm_fuse.plan(ids, document_ids=spread(torch.zeros_like(ids)), **given)),
+        "document_ids of a mask": refused(lambda: vlm_fuse.IntervalMask.from_document_ids(spread(torch.zeros_like(ids)))),
+        "mm_token_type_ids": refused(lambda: vlm_fuse.mrope_position_ids(spread(torch.zeros_like(ids)))),
+        "q": refused(lambda: vlm_fuse.attention(spread(heads, Shard(1)), heads, heads, plan.mask())),
+        "hidden_states": refused(lambda: vlm_fuse.add_features(spread(text, Shard(1)), rows, plan)),
+        "rows": refused(lambda: vlm_fuse.merge(ids, text, rows, **given).unpack(spread(text))),
     }
 
 
@@ -134,8 +148,9 @@ def test_each_rank_merges_its_slice_alone(found):
 
 
 def test_dtensors_are_refused(found):
+    assert len(found["dtensors"]) == 16
     for name, words in found["dtensors"].items():
-        argument = "inputs_embeds" if name == "hidden_states" else name.split()[0]
+        argument = name.split()[0]
         assert words.startswith(f"{argument}: is a DTensor over {found['ranks']} ranks"), (name, words)
         assert "plan.shard" in words and ("embedding(input_ids)" if name == "weight" else ".to_local()") in words
 

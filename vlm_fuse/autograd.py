@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
-from . import checks, ops
+from . import ops
 from .modes import peek_functorch
 
 is_grad_enabled = torch.is_grad_enabled
@@ -56,7 +56,6 @@ def merge_rows(kernels, text: Tensor | None, weight: Tensor | None, features: tu
     """
     table = text if weight is None else weight
     if kernels is None:
-        checks.own_memory(text, weight, features)
         _no_out(out)
         if call.weight_grad is not None:
             raise ValueError("weight_grad: refused under torch.compile, torch.func, dispatch modes and for tensor subclasses; leave it out")

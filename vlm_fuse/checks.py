@@ -33,6 +33,7 @@ from .modes import dispatch_modes
 ID_DTYPES = (torch.int64, torch.int32)
 MASK_DTYPES = (torch.int64, torch.bool, torch.int32, torch.int16, torch.int8, torch.uint8)
 VALIDATE = ("auto", "sync", "async", "off")
+_PLAIN = (Tensor, torch.nn.Parameter)
 _ATTENTION_DTYPES = (*MASK_DTYPES, *ROW_DTYPES)
 
 
@@ -51,6 +52,19 @@ def choice(name: str, value, allowed: tuple[str, ...]) -> None:
 def tensor(name: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if type(value) not in _PLAIN and not is_compiling():
+        _on_this_rank(name, value)
+
+
+def _on_this_rank(name: str, value: Tensor) -> None:
+    """No tensor that is spread over ranks, of which a kernel would read nothing or another's."""
+    spread = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # where it was never imported there are none
+    if isinstance(value, spread):
+        remedy = "inputs_embeds=embedding(input_ids), which looks up each rank's part" if name == "weight" else f"{name}.to_local()"
+        raise TypeError(
+            f"{name}: is a DTensor over {value.device_mesh.size()} ranks ({', '.join(map(str, value.placements))}), but vlm_fuse works on what this rank has; "
+            f"give {remedy}, or {name}.full_tensor(); plan.shard makes the plan of the rows that one rank has"
+        )
 
 
 def dtype_of(name: str, value: Tensor, allowed) -> None:
@@ -166,20 +180,10 @@ def text_source(inputs_embeds, weight, input_ids, embed_scale, token_shape: torc
         raise TypeError(f"embed_scale: expected a float, got {type(embed_scale).__name__}; a tensor would be read back")
 
 
-def own_memory(text: Tensor | None, weight: Tensor | None, features: tuple[Tensor, ...]) -> None:
-    """No rows that are spread over ranks: the op reads those that this rank has."""
-    spread = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # where it was never imported there are none
-    for name, given in (("inputs_embeds", text), ("weight", weight), *(("image_embeds", rows) for rows in features)):
-        if isinstance(given, spread):
-            remedy = "inputs_embeds=embedding(input_ids), which looks up each rank's part" if name == "weight" else f"{name}.to_local()"
-            raise TypeError(
-                f"{name}: is a DTensor over {given.device_mesh.size()} ranks ({', '.join(map(str, given.placements))}), but merge reads the rows that this rank has; "
-                f"give {remedy}, or {name}.full_tensor(); plan.shard makes the plan of the rows that one rank has"
-            )
-
-
 def feature_tensors(tensors, dim: int, device: torch.device) -> None:
     for rows in tensors:
+        if type(rows) not in _PLAIN:
+            tensor("image_embeds", rows)
         if rows.dtype not in ROW_DTYPES:
             raise TypeError(f"image_embeds: expected one of {names(ROW_DTYPES)}, got {names([rows.dtype])}")
         if rows.shape[-1] != dim:

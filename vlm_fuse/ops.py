@@ -60,6 +60,10 @@ def direct(backend: str, tensor: Tensor, others: tuple[Tensor, ...] = ()) -> Mod
     return choose(backend, tensor.device.type) if plain(tensor) else None
 
 
+def _direct(backend: str, batch: Batch) -> ModuleType | None:
+    return direct(backend, batch.tokens, tuple([beside for beside in batch[1:4] if beside is not None]))
+
+
 def functorch_active() -> bool:
     """Inside a transform of torch.func."""
     return not is_compiling() and peek_functorch() is not None
@@ -119,7 +123,7 @@ def _plan(kernels: ModuleType, batch: Batch, width: int | None, validate: str, b
 
 def plan(batch: Batch, width: int | None, validate: str, backend: str) -> Tensor:
     """``(G, W)`` int32 source_index of the batch; W as needed where `width` is None."""
-    kernels = direct(backend, batch.tokens)
+    kernels = _direct(backend, batch)
     if kernels is None:
         if functorch_active():
             with outside_functorch():
@@ -182,7 +186,7 @@ def _facts(kernels: ModuleType, batch: Batch, width: int, names: tuple[str, ...]
 
 def facts(batch: Batch, width: int, names: tuple[str, ...], documents: int | None, backend: str) -> tuple[Tensor, ...]:
     """The named facts of the rows; `documents` sizes cu_seqlens where document_ids are given, None: as many as there are."""
-    kernels = direct(backend, batch.tokens)
+    kernels = _direct(backend, batch)
     if kernels is None:
         if functorch_active():
             with outside_functorch():

@@ -155,8 +155,8 @@ class PlanShard(TokenPlan):
 
     @property
     def images(self) -> tuple[tuple[int, ...], ...]:
-        """Of each kind the images that this rank's rows read, numbered as in the whole batch: with ``features="own"`` those whose
-        features are to be given. Reads the plan on the host.
+        """Of each kind the images that this rank's rows read, numbered as in the whole: with ``features="own"`` those whose features
+        are to be given. Reads the plan on the host.
 
         Raises:
             ValueError: the whole plan does not know its images' sizes.
@@ -241,6 +241,12 @@ class PlanShard(TokenPlan):
 
         Raises:
             ValueError: a row that would need more than two intervals.
+
+        Example:
+            >>> import torch, vlm_fuse
+            >>> vlm_fuse.plan(torch.arange(4)[None], image_token_id=99).shard(1, 2).mask().dense()[0, 0].int()
+            tensor([[1, 1, 1, 0],
+                    [1, 1, 1, 1]], dtype=torch.int32)
         """
         attend = self._own_attend("mask()") if attend is None else attend
         found = self._masks.get(attend)

@@ -300,8 +300,8 @@ class TokenPlan:
         read. `add_features` takes the shard too.
 
         Args:
-            rank: of this rank in the group that shares the rows out, from 0.
-            world_size: ranks of that group.
+            rank: of this rank in the group that shares the rows out, from 0 (``mesh.get_local_rank()``).
+            world_size: ranks of that group (``mesh.size()``).
             order: "contiguous": rank r has the r-th part of each row. "zigzag": the r-th piece of 2 * world_size from the front and
                 from the back, so that all have like work under a causal mask.
             features: "all": every rank gives the features of the whole batch. "own": only of the images in ``shard.images``, so that
