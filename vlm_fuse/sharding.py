@@ -65,7 +65,6 @@ class PlanShard(TokenPlan):
         if features == "own":
             source_index, kinds, image_rows, read = _with_own_images(source_index, batch)
             unused = unused or not read  # a rank that reads none still has to run the tower, on whatever
-        here = torch.arange(source_index.numel(), dtype=torch.int32, device=source_index.device).view(source_index.shape)
         text = (source_index < 0) & (source_index != PAD)
         token = self.slice(whole.text_index) if settings.combine == "add" else torch.where(text, -1 - source_index, -1)  # to be embedded
         ids = sent(batch.tokens, source_index.device).reshape(-1)
@@ -73,7 +72,7 @@ class PlanShard(TokenPlan):
         tokens = torch.where(token >= 0, ids[token.clamp(min=0).long()], nothing) if len(ids) else nothing.expand(token.shape).contiguous()
         # labels stand here only to say that there are some: the facts are cut from the whole's
         own = Batch(tokens, None, None, batch.labels, kinds, image_rows, None, batch.scheme, batch.layout, batch.left, unused)
-        super().__init__(own, settings, torch.where(text, -1 - here, source_index))
+        super().__init__(own, settings, torch.where(text, -1 - _counted(source_index), source_index))
 
     def __repr__(self) -> str:
         return f"PlanShard(rank {self.rank} of {self.world_size}, {self.order}, rows={tuple(self.source_index.shape)}, of {self.whole!r})"
@@ -213,8 +212,7 @@ class PlanShard(TokenPlan):
         for name in names:
             if name == "text_index":
                 own = self.source_index
-                here = torch.arange(own.numel(), dtype=torch.int32, device=own.device).view(own.shape)
-                fact = torch.where(sent(self._token_index, own.device) >= 0, here, -1)
+                fact = torch.where(sent(self._token_index, own.device) >= 0, _counted(own), -1)
             else:
                 fact = getattr(self.whole, name)
                 fact = fact if name == "cu_seqlens" else self.slice(fact).contiguous()
@@ -264,7 +262,7 @@ class PlanShard(TokenPlan):
         if self._target is not None:
             index = sent(index, self._target)
         place = torch.full(self.whole.source_index.shape, PAD, dtype=torch.int32, device=own.device)
-        here = -1 - torch.arange(own.numel(), dtype=torch.int32, device=own.device).view(own.shape)
+        here = -1 - _counted(own)
         at = 0
         for start, stop in self.runs:
             place[:, start:stop] = here[:, at : at + stop - start]
@@ -272,6 +270,11 @@ class PlanShard(TokenPlan):
         flat = place.reshape(-1)
         row = (-1 - index.long()).clamp(0, max(flat.numel() - 1, 0))
         return torch.where(index == PAD, PAD, flat[row]) if flat.numel() else torch.full_like(index, PAD)
+
+
+def _counted(rows: Tensor) -> Tensor:
+    """0, 1, 2, ... in the shape of the rows, int32."""
+    return torch.arange(rows.numel(), dtype=torch.int32, device=rows.device).view(rows.shape)
 
 
 def _place(rank, world_size) -> tuple[int, int]:
